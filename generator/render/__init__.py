@@ -1,0 +1,5 @@
+"""Cameras and renderers of Gaussians."""
+
+from .cameras import Cameras
+
+__all__ = ["Cameras"]
