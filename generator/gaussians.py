@@ -55,6 +55,10 @@ class Gaussians:
         """Move or cast every field, as `torch.Tensor.to`."""
         return Gaussians(**{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)})
 
+    def detach(self) -> Gaussians:
+        """The same Gaussians without their history."""
+        return Gaussians(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+
     def replace(self, **changes: Tensor) -> Gaussians:
         """A copy with the named fields replaced."""
         return replace(self, **changes)

@@ -1,0 +1,104 @@
+"""Gaussians laid evenly over the surface that the views saw: where a fit starts."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from generator.errors import InputError
+from generator.gaussians import Gaussians
+from trainer.views import Views
+
+# Depth jumps by more than this many pixel widths across one pixel at a silhouette: such a sample floats between surfaces.
+_SILHOUETTE = 4.0
+_NEIGHBOURS = 6
+
+
+def surface_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Back-project every covered pixel: points [P, 3], unit normals [P, 3] (object frame), colours [P, 3] in 0..1."""
+    points, normals, colors = [], [], []
+    columns, rows = np.meshgrid(np.arange(views.cameras.width) + 0.5, np.arange(views.cameras.height) + 0.5)
+    for view in range(len(views.cameras)):
+        K = views.cameras.Ks[view].numpy()
+        viewmat = views.cameras.viewmats[view].numpy()
+        rgba = views.rgba[view]
+        depth = np.asarray(views.depth[view], np.float32)
+        padded = np.pad(depth, 1, mode="edge")
+        jump = np.maximum(np.abs(padded[2:, 1:-1] - padded[:-2, 1:-1]), np.abs(padded[1:-1, 2:] - padded[1:-1, :-2]))
+        pixel = depth / K[0, 0]
+        # Grazing surfaces have steep depth too: only a jump of many pixel widths is taken for a silhouette.
+        seen = (rgba[..., 3] > 250) & np.isfinite(depth) & (depth > 0) & (jump < 2 * _SILHOUETTE * pixel)
+        z = depth[seen]
+        camera = np.stack([(columns[seen] - K[0, 2]) / K[0, 0] * z, (rows[seen] - K[1, 2]) / K[1, 1] * z, z], axis=1)
+        points.append((camera - viewmat[:3, 3]) @ viewmat[:3, :3])
+        normals.append(np.asarray(views.normals[view], np.float32)[seen])
+        colors.append(rgba[seen][:, :3].astype(np.float32) / 255)
+    normals = np.concatenate(normals)
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
+    return np.concatenate(points).astype(np.float32), normals, np.concatenate(colors)
+
+
+@numba.njit(cache=True)
+def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
+    """Indices [count] of points [P, 3] chosen greedily, each the farthest from those before (Gonzalez 1985)."""
+    chosen = np.empty(count, np.int64)
+    nearest = np.full(points.shape[0], np.inf, np.float32)
+    current = 0
+    for k in range(count):
+        chosen[k] = current
+        x, y, z = points[current, 0], points[current, 1], points[current, 2]
+        best, following = np.float32(-1), 0
+        for i in range(points.shape[0]):
+            dx, dy, dz = points[i, 0] - x, points[i, 1] - y, points[i, 2] - z
+            distance = dx * dx + dy * dy + dz * dz
+            if distance < nearest[i]:
+                nearest[i] = distance
+            if nearest[i] > best:
+                best, following = nearest[i], i
+        current = following
+    return chosen
+
+
+def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
+    """`count` flat Gaussians, spread as evenly as possible over what the views show.
+
+    Each lies in the surface's tangent plane, is as wide as its distance to its neighbours and nearly opaque.
+
+    Raises:
+        InputError: the views show less than `count` surface samples.
+    """
+    points, normals, colors = surface_points(views)
+    if len(points) < count:
+        raise InputError(f"the views show only {len(points)} surface samples, fewer than the {count} Gaussians asked for; use larger views")
+    # Farthest-point sampling is linear in the candidates; a dozen for each Gaussian is even enough.
+    generator = np.random.default_rng(seed)
+    candidates = generator.permutation(len(points))[: 12 * count]
+    chosen = candidates[farthest_points(points[candidates], count)]
+    # A sample's colour is one noisy pixel: average over the samples round it.
+    tree = cKDTree(points)
+    spacing, _ = cKDTree(points[chosen]).query(points[chosen], k=_NEIGHBOURS + 1)
+    spacing = spacing[:, 1:].mean(1).clip(1e-4, 0.1)
+    _, around = tree.query(points[chosen], k=8, distance_upper_bound=float(2 * spacing.max()))
+    around = np.where(around < len(points), around, chosen[:, None])
+    facing = np.einsum("nkc,nc->nk", normals[around], normals[chosen])[..., None] > 0.5
+    color = (colors[around] * facing).sum(1) / np.maximum(facing.sum(1), 1)
+    scales = np.stack([0.5 * spacing, 0.5 * spacing, 0.12 * spacing], axis=1)
+    return Gaussians(
+        means=torch.from_numpy(points[chosen]),
+        quaternions=normals_to_quaternions(torch.from_numpy(normals[chosen])),
+        scales=torch.from_numpy(scales.astype(np.float32)),
+        opacities=torch.full((count,), 0.9),
+        colors=torch.from_numpy(color.astype(np.float32)),
+    )
+
+
+def normals_to_quaternions(normals: torch.Tensor) -> torch.Tensor:
+    """The smallest rotations [N, 4] (w, x, y, z) that turn +Z or -Z, whichever is nearer, onto unit normals [N, 3].
+
+    A flat Gaussian has no front, so the sign of its normal is free; the nearer one keeps the rotation below 90 degrees.
+    """
+    normals = torch.where(normals[:, 2:] < 0, -normals, normals)
+    x, y, z = normals.unbind(-1)
+    return torch.nn.functional.normalize(torch.stack([1 + z, -y, x, torch.zeros_like(z)], dim=-1), dim=-1)
