@@ -1,0 +1,70 @@
+# Every command a person runs. `make help` lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3.11
+STAMP := .venv/.stamp
+RUN := .venv/bin/python
+
+# What people type goes to the recipes through the environment, exactly as typed: never through make's or the shell's own expansion.
+override PROMPT := $(value PROMPT)
+override PROMPTS := $(value PROMPTS)
+override SEED := $(if $(value SEED),$(value SEED),0)
+override COUNT := $(if $(value COUNT),$(value COUNT),1)
+override OUT := $(if $(value OUT),$(value OUT),out)
+override PRESET := $(value PRESET)
+export PROMPT PROMPTS SEED COUNT OUT PRESET
+export TORCH_INDEX
+
+.PHONY: help setup generate batch train test lint bench extension lock clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+define run_setup
+@"$(PYTHON)" -c '' >/dev/null 2>&1 || { \
+	echo 'make setup: Python 3.11 was not found: install it (Debian 12: sudo apt-get install python3.11 python3.11-venv)' \
+		'or name it: make setup PYTHON=/path/to/python3.11' >&2; exit 2; }
+@"$(PYTHON)" tools/setup.py
+endef
+
+setup: ## make .venv with everything in it (TORCH_INDEX=URL chooses where torch comes from)
+	$(run_setup)
+
+# Every other target comes here when the requirements changed; setup.py itself decides by content whether there is work.
+$(STAMP): pyproject.toml requirements.lock tools/setup.py
+	$(run_setup)
+
+generate: $(STAMP) ## one object from PROMPT="a red armchair" [SEED=0] [COUNT=1] [OUT=out]: .blend, .ply and .png
+	@test -n "$$PROMPT" || { echo 'make generate: PROMPT is empty: make generate PROMPT="a red armchair"' >&2; exit 2; }
+	@$(RUN) tools/blender.py generate --prompt "$$PROMPT" --seed "$$SEED" --count "$$COUNT" --out "$$OUT"
+
+batch: $(STAMP) ## every line of PROMPTS=file into OUT=dir; resumes, goes on after an error
+	@test -n "$$PROMPTS" || { echo 'make batch: PROMPTS is empty: make batch PROMPTS=prompts.txt OUT=out' >&2; exit 2; }
+	@$(RUN) tools/blender.py generate --prompts "$$PROMPTS" --seed "$$SEED" --count "$$COUNT" --out "$$OUT"
+
+train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|paper
+	@test -n "$$PRESET" || { echo 'make train: PRESET is empty: make train PRESET=tiny (or starter, paper)' >&2; exit 2; }
+	@$(RUN) -m trainer train --preset "$$PRESET"
+
+test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension
+	@$(RUN) -m pytest
+	@$(RUN) tools/extension.py test
+
+lint: $(STAMP) ## ruff, and Blender's check of the manifest
+	@$(RUN) -m ruff check .
+	@$(RUN) tools/extension.py validate
+
+bench: $(STAMP) ## every benchmark beside its peer or reference
+	@for script in benchmarks/bench_*.py; do test -e "$$script" || continue; echo "== $$script"; $(RUN) "$$script" || exit 1; done
+
+extension: $(STAMP) ## dist/gaussian_atlas-VERSION-PLATFORM-cpXY.zip, checked by Blender's validator
+	@$(RUN) tools/extension.py build
+
+lock: $(STAMP) ## rewrite requirements.lock from the environment in use
+	@$(RUN) tools/lock.py
+
+clean: ## remove what builds and runs leave behind; keeps .venv, out and trained models
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
