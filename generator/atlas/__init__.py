@@ -1,0 +1,18 @@
+"""Objects as images: the layout of the cells, the channels of a cell, the statistics that normalise them."""
+
+from .channels import CHANNEL_NAMES, CHANNELS, Atlas, ChannelSpec, from_atlas, pack
+from .layout import PROJECTIONS, AtlasLayout
+from .normalization import Normalization, NormalizationAccumulator
+
+__all__ = [
+    "CHANNELS",
+    "CHANNEL_NAMES",
+    "PROJECTIONS",
+    "Atlas",
+    "AtlasLayout",
+    "ChannelSpec",
+    "Normalization",
+    "NormalizationAccumulator",
+    "from_atlas",
+    "pack",
+]
