@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +17,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; it becomes `path` when the block ends without an error.
 
     Raises:
-        InputError: the folder is missing, is not a folder or cannot be written.
+        InputError: the folder is missing or the file cannot be written there.
     """
     path = Path(path)
     check_writable(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _sibling(path)
     try:
         yield temporary
-        # mkstemp makes private files; a result has the permissions of any other new file.
-        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -44,19 +40,24 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; name a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        raise InputError(f"cannot write {path}: it is a file; name a folder")
+    temporary = _sibling(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        # A folder with content cannot be replaced in one step: the old one steps aside first and goes last.
-        old = path.with_name(f"{temporary.name}-old")
         if path.exists():
+            # A folder with content cannot be replaced in one step: the old one steps aside and comes back on failure.
+            old = _sibling(path)
             os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -64,19 +65,20 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Check that a file could be made at `path`, before the work whose result goes there.
+    """Check that a file can be made at `path`; for before the work whose result goes there.
 
     Raises:
-        InputError: the folder is missing, is not a folder or cannot be written.
+        InputError: `path` is a folder, or its own folder is missing or cannot be written.
     """
-    folder = Path(path).parent
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; name a file")
     if not folder.is_dir():
         raise InputError(f"cannot write {path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write {path}: no permission to write in the folder {folder}")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")

@@ -1,0 +1,86 @@
+"""Splat files: `load` and `save` by suffix (.ply, .splat, .spz)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import replacing
+from ..gaussians import Gaussians
+from . import ply, splat, spz
+
+SUFFIXES = (".ply", ".splat", ".spz")
+
+_MODULES = {".ply": ply, ".splat": splat, ".spz": spz}
+
+
+def load(path: str | os.PathLike) -> Gaussians:
+    """Read a splat file: N Gaussians, float32 on the CPU, in the file's own axes and units.
+
+    Raises:
+        InputError: missing, of another type, damaged, or without a usable Gaussian.
+    """
+    path = Path(path)
+    module = _MODULES[check_suffix(path)]
+    with _readable(path):
+        return module.read(path)
+
+
+def save(gaussians: Gaussians, path: str | os.PathLike, metadata: dict | None = None) -> None:
+    """Write a splat file in the axes and units of the Gaussians; an existing file is replaced only by a complete one.
+
+    Args:
+        metadata: provenance, stored as JSON in a comment of a .ply; the other formats have no place for it.
+
+    Raises:
+        InputError: an unknown suffix, a place that cannot be written, no Gaussians, or numbers that are not finite.
+    """
+    path = Path(path)
+    suffix = check_suffix(path)
+    with replacing(path) as temporary:
+        if suffix == ".ply":
+            ply.write(gaussians, temporary, metadata)
+        else:
+            _MODULES[suffix].write(gaussians, temporary)
+
+
+def load_metadata(path: str | os.PathLike) -> dict | None:
+    """The provenance that `save` stored in a .ply, None where there is none or for the other formats.
+
+    Raises:
+        InputError: missing, or not a splat file.
+    """
+    path = Path(path)
+    suffix = check_suffix(path)
+    with _readable(path):
+        return ply.read_metadata(path) if suffix == ".ply" else None
+
+
+def check_suffix(path: str | os.PathLike) -> str:
+    """The lower-case suffix of a splat file.
+
+    Raises:
+        InputError: it is none of SUFFIXES.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: splat files end in {', '.join(SUFFIXES)}")
+    return suffix
+
+
+class _readable:
+    """Turn the ways in which a file can be missing or unreadable into one clear line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        if not self.path.exists():
+            raise InputError(f"{self.path} does not exist")
+        if not self.path.is_file():
+            raise InputError(f"{self.path} is not a file")
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError):
+            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from error

@@ -1,0 +1,373 @@
+"""Splat files: round trips, files of other programs, damaged files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plyfile import PlyData, PlyElement
+
+from generator.errors import InputError
+from generator.formats import SUFFIXES, load, load_metadata, save
+from generator.formats.raw import SH_C0
+from generator.gaussians import Gaussians
+
+FULL_HEADER = [
+    "x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2",
+    "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3",
+]  # fmt: skip
+
+
+def random_gaussians(count: int = 500, seed: int = 0) -> Gaussians:
+    generator = torch.Generator().manual_seed(seed)
+    return Gaussians(
+        means=torch.rand(count, 3, generator=generator) - 0.5,
+        quaternions=torch.nn.functional.normalize(torch.randn(count, 4, generator=generator), dim=1),
+        scales=torch.exp(torch.randn(count, 3, generator=generator) - 4),
+        opacities=torch.rand(count, generator=generator),
+        colors=torch.rand(count, 3, generator=generator),
+    )
+
+
+def write_ply(path: Path, columns: dict[str, np.ndarray], text: bool = False, byte_order: str = "<") -> Path:
+    dtype = [(name, values.dtype) for name, values in columns.items()]
+    table = np.empty(len(next(iter(columns.values()))), dtype=dtype)
+    for name, values in columns.items():
+        table[name] = values
+    PlyData([PlyElement.describe(table, "vertex")], text=text, byte_order="=" if text else byte_order).write(str(path))
+    return path
+
+
+def foreign_columns(gaussians: Gaussians, dtype: type = np.float32) -> dict[str, np.ndarray]:
+    """Raw columns as another program would write them, in an order of its own."""
+    opacities = gaussians.opacities.double().numpy()
+    columns = {f"scale_{i}": np.log(gaussians.scales[:, i].double().numpy()) for i in range(3)}
+    columns |= {f"rot_{i}": 3.7 * gaussians.quaternions[:, i].double().numpy() for i in range(4)}
+    columns |= {f"f_rest_{i}": np.full(len(gaussians), 0.1) for i in range(9)}
+    columns |= {f"f_dc_{i}": (gaussians.colors[:, i].double().numpy() - 0.5) / SH_C0 for i in range(3)}
+    columns |= {"z": gaussians.means[:, 2].numpy(), "y": gaussians.means[:, 1].numpy(), "x": gaussians.means[:, 0].numpy()}
+    columns |= {"opacity": np.log(opacities / (1 - opacities))}
+    return {name: values.astype(dtype) for name, values in columns.items()}
+
+
+def assert_close(a: Gaussians, b: Gaussians, tolerance: float = 1e-5) -> None:
+    for name in ("means", "quaternions", "scales", "opacities", "colors"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ply_keeps_the_gaussians(tmp_path: Path) -> None:
+    gaussians = random_gaussians()
+    save(gaussians, tmp_path / "a.ply")
+    assert_close(load(tmp_path / "a.ply"), gaussians, 1e-6)
+
+
+def test_ply_keeps_the_extremes(tmp_path: Path) -> None:
+    gaussians = random_gaussians(4).replace(
+        opacities=torch.tensor([0.0, 1.0, 1e-9, 0.5]), colors=torch.tensor([[0.0, 1, 0.5]]).repeat(4, 1), scales=torch.full((4, 3), 1e-20)
+    )
+    save(gaussians, tmp_path / "a.ply")
+    raw = PlyData.read(str(tmp_path / "a.ply"))["vertex"]
+    assert all(np.isfinite(raw[name]).all() for name in FULL_HEADER)
+    assert_close(load(tmp_path / "a.ply"), gaussians)
+
+
+def test_ply_header_is_what_viewers_expect(tmp_path: Path) -> None:
+    save(random_gaussians(3), tmp_path / "a.ply", metadata={"prompt": "a red\narmchäir"})
+    content = (tmp_path / "a.ply").read_bytes()
+    header, _, body = content.partition(b"end_header\n")
+    lines = header.decode("ascii").splitlines()
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
+    assert [line for line in lines if line.startswith("property")] == [f"property float {name}" for name in FULL_HEADER]
+    assert len(body) == 3 * 4 * len(FULL_HEADER)
+
+
+def test_provenance_survives_in_a_ply_only(tmp_path: Path) -> None:
+    metadata = {"prompt": 'a "red"\narmchäir', "seed": 3}
+    for suffix in SUFFIXES:
+        save(random_gaussians(3), tmp_path / f"a{suffix}", metadata=metadata)
+    assert load_metadata(tmp_path / "a.ply") == metadata
+    assert load_metadata(tmp_path / "a.spz") is None
+    save(random_gaussians(3), tmp_path / "b.ply")
+    assert load_metadata(tmp_path / "b.ply") is None
+    with pytest.raises(InputError, match="metadata"):
+        save(random_gaussians(3), tmp_path / "c.ply", metadata={"prompt": "x" * 100_000})
+    with pytest.raises(InputError, match="metadata"):
+        save(random_gaussians(3), tmp_path / "c.ply", metadata={"seed": object()})
+    assert not (tmp_path / "c.ply").exists()
+
+
+@pytest.mark.parametrize(("dtype", "text", "byte_order"), [("f4", False, "<"), ("f8", False, ">"), ("f4", True, "=")])
+def test_ply_of_other_programs(tmp_path: Path, dtype: str, text: bool, byte_order: str) -> None:
+    gaussians = random_gaussians(50)
+    path = write_ply(tmp_path / "a.ply", foreign_columns(gaussians, np.dtype(dtype).type), text, byte_order)
+    assert_close(load(path), gaussians)
+
+
+def test_ply_colours_of_point_clouds(tmp_path: Path) -> None:
+    gaussians = random_gaussians(50)
+    columns = {name: values for name, values in foreign_columns(gaussians).items() if not name.startswith("f_")}
+    write_ply(tmp_path / "grey.ply", columns)
+    assert (load(tmp_path / "grey.ply").colors == 0.5).all()
+    names = ("red", "green", "blue")
+    as_bytes = {name: np.rint(gaussians.colors[:, i].numpy() * 255).astype(np.uint8) for i, name in enumerate(names)}
+    write_ply(tmp_path / "bytes.ply", columns | as_bytes)
+    torch.testing.assert_close(load(tmp_path / "bytes.ply").colors, gaussians.colors, atol=0.5 / 255 + 1e-6, rtol=0)
+    write_ply(tmp_path / "floats.ply", columns | {name: gaussians.colors[:, i].numpy() for i, name in enumerate(names)})
+    torch.testing.assert_close(load(tmp_path / "floats.ply").colors, gaussians.colors)
+
+
+def test_ply_without_opacity_or_third_scale(tmp_path: Path) -> None:
+    gaussians = random_gaussians(50)
+    columns = foreign_columns(gaussians)
+    del columns["opacity"], columns["scale_2"]
+    loaded = load(write_ply(tmp_path / "a.ply", columns))
+    assert (loaded.opacities == 1).all()
+    assert (loaded.scales[:, 2] < 0.011 * loaded.scales[:, :2].min(1).values).all()
+
+
+def test_ply_with_infinities_and_nans(tmp_path: Path) -> None:
+    gaussians = random_gaussians(6)
+    columns = foreign_columns(gaussians)
+    columns["opacity"][:2] = [np.inf, -np.inf]
+    columns["scale_0"][2] = -np.inf
+    columns["x"][3] = np.nan
+    columns["scale_1"][4] = np.nan
+    for i in range(4):
+        columns[f"rot_{i}"][5] = 0
+    path = write_ply(tmp_path / "a.ply", columns)
+    with pytest.warns(UserWarning, match="dropped 2 of 6"):
+        loaded = load(path)
+    assert len(loaded) == 4 and loaded.finite().all()
+    assert loaded.opacities[:2].tolist() == [1, 0]
+    assert loaded.scales[2, 0] > 0
+    assert loaded.quaternions[3].tolist() == [1, 0, 0, 0]
+
+
+def test_ply_colours_and_sizes_stay_in_range(tmp_path: Path) -> None:
+    columns = foreign_columns(random_gaussians(3))
+    columns["f_dc_0"][:] = [-50, 0, 50]
+    columns["scale_0"][:] = [-300, 0, 300]
+    loaded = load(write_ply(tmp_path / "a.ply", columns))
+    assert loaded.colors[:, 0].tolist() == [0, 0.5, 1]
+    assert loaded.finite().all()
+
+
+def test_splat_keeps_what_eight_bits_can(tmp_path: Path) -> None:
+    gaussians = random_gaussians()
+    save(gaussians, tmp_path / "a.splat")
+    loaded = load(tmp_path / "a.splat")
+    assert (tmp_path / "a.splat").stat().st_size == 32 * len(gaussians)
+    torch.testing.assert_close(loaded.means, gaussians.means, atol=0, rtol=0)
+    torch.testing.assert_close(loaded.scales, gaussians.scales, atol=0, rtol=1e-6)
+    torch.testing.assert_close(loaded.colors, gaussians.colors, atol=0.5 / 255 + 1e-6, rtol=0)
+    torch.testing.assert_close(loaded.opacities, gaussians.opacities, atol=0.5 / 255 + 1e-6, rtol=0)
+    torch.testing.assert_close(loaded.quaternions, gaussians.quaternions, atol=0.015, rtol=0)
+
+
+def test_splat_record(tmp_path: Path) -> None:
+    save(
+        Gaussians(
+            means=torch.tensor([[1.0, -2, 3]]),
+            quaternions=torch.tensor([[1.0, 0, 0, 0]]),
+            scales=torch.tensor([[0.5, 0.25, 0.125]]),
+            opacities=torch.tensor([0.2]),
+            colors=torch.tensor([[1.0, 0.4, 0]]),
+        ),
+        tmp_path / "a.splat",
+    )
+    expected = struct.pack("<6f8B", 1, -2, 3, 0.5, 0.25, 0.125, 255, 102, 0, 51, 255, 128, 128, 128)
+    assert (tmp_path / "a.splat").read_bytes() == expected
+
+
+def test_spz_keeps_what_its_bits_can(tmp_path: Path) -> None:
+    gaussians = random_gaussians()
+    save(gaussians, tmp_path / "a.spz")
+    loaded = load(tmp_path / "a.spz")
+    torch.testing.assert_close(loaded.means, gaussians.means, atol=2**-17 + 1e-7, rtol=0)
+    torch.testing.assert_close(loaded.scales, gaussians.scales, atol=0, rtol=0.033)
+    torch.testing.assert_close(loaded.opacities, gaussians.opacities, atol=0.5 / 255 + 1e-6, rtol=0)
+    torch.testing.assert_close(loaded.colors, gaussians.colors, atol=0.5 * SH_C0 / (0.15 * 255) + 1e-6, rtol=0)
+    # The rotation of an ellipsoid is only defined up to half turns: compare the ellipsoids, at the written sizes.
+    exact = gaussians.replace(scales=loaded.scales).covariances()
+    error = (loaded.covariances() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert error.max() < 0.03
+
+
+def test_spz_is_reproducible_and_adapts_its_fixed_point(tmp_path: Path) -> None:
+    gaussians = random_gaussians(20)
+    save(gaussians, tmp_path / "a.spz")
+    save(gaussians, tmp_path / "b.spz")
+    assert (tmp_path / "a.spz").read_bytes() == (tmp_path / "b.spz").read_bytes()
+    large = gaussians.replace(means=gaussians.means * 1e5)
+    save(large, tmp_path / "large.spz")
+    torch.testing.assert_close(load(tmp_path / "large.spz").means, large.means, atol=0.01, rtol=0)
+    with pytest.raises(InputError, match="does not fit"):
+        save(gaussians.replace(means=gaussians.means * 1e9), tmp_path / "huge.spz")
+
+
+def test_spz_and_ply_against_gsply(tmp_path: Path) -> None:
+    """Another implementation reads our files; it copies .spz axes where Niantic's library turns them about X."""
+    gsply = pytest.importorskip("gsply")
+    gaussians = random_gaussians()
+    save(gaussians, tmp_path / "a.ply")
+    save(gaussians, tmp_path / "a.spz")
+    turn = np.array([1, -1, -1], dtype=np.float32)
+    for data, ours, axes in (
+        (gsply.plyread(tmp_path / "a.ply"), load(tmp_path / "a.ply"), 1),
+        (gsply.read_spz(tmp_path / "a.spz"), load(tmp_path / "a.spz"), turn),
+    ):
+        theirs = Gaussians(
+            means=torch.from_numpy(data.means * axes),
+            quaternions=torch.nn.functional.normalize(torch.from_numpy(data.quats * np.append(1, axes * np.ones(3)).astype("f4")), dim=1),
+            scales=torch.from_numpy(np.exp(data.scales)),
+            opacities=torch.from_numpy(1 / (1 + np.exp(-data.opacities.reshape(-1)))),
+            colors=torch.from_numpy(0.5 + SH_C0 * data.sh0.reshape(-1, 3).astype("f4")),
+        )
+        assert_close(theirs.to(torch.float32), ours)
+
+
+def test_spz_version_3_of_gsply(tmp_path: Path) -> None:
+    gsply = pytest.importorskip("gsply")
+    gaussians = random_gaussians()
+    save(gaussians, tmp_path / "a.ply")
+    gsply.write_spz(tmp_path / "a.spz", gsply.plyread(tmp_path / "a.ply"), version=3)
+    loaded = load(tmp_path / "a.spz")
+    half_turn = torch.tensor([1.0, -1, -1])
+    torch.testing.assert_close(loaded.means * half_turn, gaussians.means, atol=2e-4, rtol=0)
+    quaternions = loaded.quaternions * torch.tensor([1.0, 1, -1, -1])
+    assert ((quaternions * gaussians.quaternions).sum(1).abs() > 1 - 1e-4).all()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_files_give_one_clear_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    save(random_gaussians(100), path)
+    content = path.read_bytes()
+    damaged = {
+        "empty": b"",
+        "cut in the header": content[:11],
+        "cut in the data": content[: len(content) // 2 + 1],
+        "text": b"this is not a splat file" * 4 + b"\n",
+        "zeros": bytes(33),
+    }
+    for name, bad in damaged.items():
+        path.write_bytes(bad)
+        with pytest.raises(InputError) as error:
+            load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value), name
+
+
+POINT_PROPERTIES = "property float x\nproperty float y\nproperty float z\n"
+
+
+def header(count: object, properties: str = POINT_PROPERTIES, form: str = "binary_little_endian") -> bytes:
+    return f"ply\nformat {form} 1.0\nelement vertex {count}\n{properties}end_header\n".encode()
+
+
+GAUSSIAN_PROPERTIES = "".join(f"property float {name}\n" for name in FULL_HEADER)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(10**12, GAUSSIAN_PROPERTIES),
+        header(10**12, GAUSSIAN_PROPERTIES, "ascii"),
+        header(10**30, GAUSSIAN_PROPERTIES),
+        header(-5, GAUSSIAN_PROPERTIES),
+        header("many", GAUSSIAN_PROPERTIES),
+        header(0, GAUSSIAN_PROPERTIES),
+        header(10**12, GAUSSIAN_PROPERTIES + "property list uchar int vertex_indices\n"),
+        header(1) + bytes(12),
+        header(1, GAUSSIAN_PROPERTIES.replace("float x", "list uchar float x")) + bytes(65),
+        header(1, GAUSSIAN_PROPERTIES, "ascii") + b"1 2 three\n",
+        header(1, GAUSSIAN_PROPERTIES, "binary_middle_endian") + bytes(68),
+        header(1, GAUSSIAN_PROPERTIES + "property quaternion q\n") + bytes(68),
+        header(1, GAUSSIAN_PROPERTIES + "property float x\n") + bytes(72),
+        header(1, GAUSSIAN_PROPERTIES) + struct.pack("<17f", *[float("nan")] * 17),
+        b"ply\nformat ascii 1.0\nend_header\n",
+        b"ply\n\xff\xfe\nend_header\n",
+        b"ply\n" + b"comment x\n" * 100_000,
+        b"plywood",
+    ],
+)
+def test_absurd_plys_give_one_clear_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.ply"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_compressed_ply_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.compressed.ply"
+    path.write_bytes(header(1, "property uint packed_position\nproperty uint packed_rotation\n") + bytes(8))
+    with pytest.raises(InputError, match="compressed"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("magic", "version", "count", "degree", "bits"),
+    [
+        (b"NGSP", 2, 2**32 - 1, 0, 12),
+        (b"NGSP", 9, 1, 0, 12),
+        (b"NGSP", 2, 1, 200, 12),
+        (b"NGSP", 2, 1, 0, 255),
+        (b"NGSP", 2, 0, 0, 12),
+        (b"XXXX", 2, 1, 0, 12),
+    ],
+)
+def test_absurd_spz_headers(tmp_path: Path, magic: bytes, version: int, count: int, degree: int, bits: int) -> None:
+    path = tmp_path / "a.spz"
+    path.write_bytes(gzip.compress(struct.pack("<4sIIBBBB", magic, version, count, degree, bits, 0, 0) + bytes(100)))
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_paths(tmp_path: Path) -> None:
+    gaussians = random_gaussians(3)
+    for bad in (tmp_path / "none.ply", tmp_path, tmp_path / "a.obj"):
+        with pytest.raises(InputError):
+            load(bad)
+    with pytest.raises(InputError, match=r"\.ply, \.splat, \.spz"):
+        save(gaussians, tmp_path / "a.obj")
+    with pytest.raises(InputError, match="does not exist"):
+        save(gaussians, tmp_path / "missing" / "a.ply")
+    save(gaussians, str(tmp_path / "A.PLY"))
+    assert_close(load(tmp_path / "A.PLY"), gaussians)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ply"
+    save(random_gaussians(3), path)
+    before = path.read_bytes()
+
+    def full_disk(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("generator.formats.ply.PlyData.write", full_disk)
+    with pytest.raises(InputError, match="No space left"):
+        save(random_gaussians(9), path)
+    bad = random_gaussians(3).replace(opacities=torch.tensor([0.1, float("nan"), 0.2]))
+    with pytest.raises(InputError, match="1 of 3"):
+        save(bad, path)
+    with pytest.raises(InputError, match="no Gaussians"):
+        save(bad[:0], path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+
+
+def test_a_loaded_file_can_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.ply"
+    save(random_gaussians(3), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an open file handle would warn
+        loaded = load(path)
+        save(loaded, path)
+    assert json.dumps(loaded.means.tolist()) == json.dumps(load(path).means.tolist())
