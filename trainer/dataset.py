@@ -1,0 +1,99 @@
+"""Atlases on disk: webdataset shards of float16 atlases with their captions and credits."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import webdataset
+from safetensors import SafetensorError
+from torch import Tensor
+
+from generator.atlas import Atlas
+from generator.errors import InputError
+
+ATLASES_PER_SHARD = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One object as the model sees it."""
+
+    id: str
+    values: Tensor  # [16, H, W] float32, raw channels (not normalised)
+    record: dict  # captions, name, category, creator, licence, library, scores of the fit
+
+
+def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Path) -> list[Path]:
+    """Write (id, atlas, record) triples as `atlases-000000.tar`...; replaces the shards that were there.
+
+    Each shard is written beside its place and renamed, so that a killed run leaves no half shard.
+
+    Raises:
+        InputError: the atlases do not share one layout.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    layout_id = None
+    writer, partial, held = None, None, 0
+
+    def close() -> None:
+        nonlocal writer
+        if writer is not None:
+            writer.close()
+            partial.replace(paths[-1])
+            writer = None
+
+    try:
+        for key, atlas, record in samples:
+            layout_id = layout_id or atlas.layout_id
+            if atlas.layout_id != layout_id:
+                raise InputError(f"{key} has layout {atlas.layout_id}, the shard {layout_id}: rebuild all atlases with one layout")
+            if writer is None or held == ATLASES_PER_SHARD:
+                close()
+                paths.append(directory / f"atlases-{len(paths):06d}.tar")
+                partial = paths[-1].with_suffix(".partial")
+                writer, held = webdataset.TarWriter(str(partial), compress=False), 0
+            payload = safetensors.torch.save({"values": atlas.values.half().contiguous()}, {"layout_id": layout_id})
+            writer.write({"__key__": key, "safetensors": payload, "json": record})
+            held += 1
+        close()
+    except BaseException:
+        if writer is not None:
+            writer.close()
+            partial.unlink(missing_ok=True)
+        raise
+    for stale in set(directory.glob("atlases-*.tar")) - set(paths):
+        stale.unlink()
+    return paths
+
+
+def read_shards(directory: str | Path) -> Iterator[tuple[Sample, str]]:
+    """Every (sample, layout id) of a folder of shards, in order.
+
+    Raises:
+        InputError: there are no shards, or one is damaged.
+    """
+    paths = sorted(Path(directory).glob("atlases-*.tar"))
+    if not paths:
+        raise InputError(f"no atlases-*.tar in {directory}: run `python -m trainer atlas` first")
+    for path in paths:
+        try:
+            for item in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
+                payload = item["safetensors"]
+                tensors = safetensors.torch.load(payload)
+                yield Sample(item["__key__"], tensors["values"].float(), json.loads(item["json"])), _layout_id(payload)
+        except (tarfile.TarError, SafetensorError, KeyError, EOFError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
+
+
+def _layout_id(payload: bytes) -> str:
+    stream = io.BytesIO(payload)
+    header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header["__metadata__"]["layout_id"]
