@@ -1,0 +1,352 @@
+"""Views of objects: colour, depth and normals from known cameras, one file per object, rendered in worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from generator.errors import InputError, WorkError
+from generator.render.cameras import Cameras
+
+from .sources import SourceObject, extract
+
+RECORDS = "views.jsonl"
+SETTINGS = "views.json"
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What every object of a folder is rendered with."""
+
+    train: int = 24  # cameras over the whole sphere, to fit from; more see more of deep folds, and cost in proportion
+    held_out: int = 4  # cameras on a ring 20 degrees up, to judge by; never fitted
+    size: int = 128  # pixels, image side
+    samples: int = 16  # paths per pixel; noise falls with its root, time grows in proportion
+
+    def __post_init__(self) -> None:
+        for name, least in (("train", 1), ("held_out", 0), ("size", 8), ("samples", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def cameras(self) -> tuple[Cameras, np.ndarray]:
+        """The cameras, and [V] which split each belongs to ("train" or "held_out")."""
+        sets = [Cameras.around(self.train, self.size)]
+        if self.held_out:
+            sets.append(Cameras.orbit(self.held_out, self.size))
+        viewmats, Ks = torch.cat([s.viewmats for s in sets]), torch.cat([s.Ks for s in sets])
+        split = np.array(["train"] * self.train + ["held_out"] * self.held_out)
+        return Cameras(viewmats, Ks, self.size, self.size), split
+
+
+@dataclass(frozen=True)
+class Views:
+    """One object seen from V cameras, in the object frame (Z up, front to -Y, centred, longest side 1)."""
+
+    id: str
+    rgba: np.ndarray  # [V, H, W, 4] uint8, display sRGB with straight alpha; empty pixels are all zero
+    depth: np.ndarray  # [V, H, W] float16, camera-space z in object units; 0 where empty
+    normals: np.ndarray  # [V, H, W, 3] int8, 127 x unit normal in the object frame, turned to the camera; 0 where empty
+    cameras: Cameras
+    split: np.ndarray  # [V] str, "train" or "held_out"
+
+    def __post_init__(self) -> None:
+        shape = (len(self.cameras), self.cameras.height, self.cameras.width)
+        for name, extra, dtype in (("rgba", (4,), np.uint8), ("depth", (), np.float16), ("normals", (3,), np.int8)):
+            value = getattr(self, name)
+            if value.shape != shape + extra or value.dtype != dtype:
+                raise InputError(f"Views.{name} must be {np.dtype(dtype)} {list(shape + extra)}, got {value.dtype} {list(value.shape)}")
+        if self.split.shape != shape[:1] or not np.isin(self.split, ("train", "held_out")).all():
+            raise InputError(f'Views.split must hold {shape[0]} of "train" or "held_out"')
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+    def select(self, split: str) -> Views:
+        """The views of one split, "train" or "held_out"."""
+        keep = np.flatnonzero(self.split == split)
+        cameras = self.cameras[torch.from_numpy(keep)]
+        return Views(self.id, self.rgba[keep], self.depth[keep], self.normals[keep], cameras, self.split[keep])
+
+    def composite(self, background: tuple[float, float, float] = (1, 1, 1)) -> np.ndarray:
+        """Images [V, H, W, 3] float32 in 0..1 over a background colour, blended in display space as splats are."""
+        pixels = self.rgba.astype(np.float32) / 255
+        alpha = pixels[..., 3:]
+        return pixels[..., :3] * alpha + np.asarray(background, dtype=np.float32) * (1 - alpha)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one compressed .npz; the file appears only when it is complete."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(
+                    file,
+                    id=np.array(self.id),
+                    rgba=self.rgba,
+                    depth=self.depth,
+                    normals=self.normals,
+                    split=self.split,
+                    viewmats=self.cameras.viewmats.numpy(),
+                    Ks=self.cameras.Ks.numpy(),
+                )
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path) -> Views:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            InputError: the file is missing, damaged or something else.
+        """
+        path = Path(path)
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                rgba = data["rgba"]
+                cameras = Cameras(torch.from_numpy(data["viewmats"]), torch.from_numpy(data["Ks"]), rgba.shape[2], rgba.shape[1])
+                return Views(str(data["id"]), rgba, data["depth"], data["normals"], cameras, data["split"])
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file") from error
+        except (OSError, KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: not a file of views ({error}): render it again") from error
+
+
+def render_object(source: SourceObject, settings: ViewSettings | None = None, threads: int = 1) -> Views:
+    """Renders one object in this process; Blender's current file is replaced.
+
+    Raises:
+        InputError: the object cannot be read.
+        WorkError: nothing of it can be seen, or Blender failed.
+    """
+    from . import scene
+
+    settings = settings or ViewSettings()
+    cameras, split = settings.cameras()
+    with tempfile.TemporaryDirectory(prefix="views-") as name, scene.quiet():
+        directory = Path(name)
+        mesh = extract(source, directory / "mesh")
+        rotation = None if source.rotation is None else np.array(source.rotation)
+        scene.load_object(mesh, up=source.up, rotation=rotation, size=source.size)
+        linear, depth, normals = scene.render_cameras(cameras, directory, settings.samples, threads)
+    if not (linear[..., 3] > 0.5).any():
+        raise WorkError(f"{source.id}: nothing of it shows in any view")
+    normals = np.round(normals * 127).astype(np.int8)
+    return Views(source.id, scene.straight_srgb(linear), depth.astype(np.float16), normals, cameras, split)
+
+
+def render_objects(
+    objects: Iterable[SourceObject],
+    directory: str | Path,
+    settings: ViewSettings | None = None,
+    *,
+    workers: int = 2,
+    threads: int = 1,
+    timeout: float = 600.0,
+    progress: bool = True,
+) -> list[dict]:
+    """Renders objects into `directory`: <id>.npz each, and views.jsonl with one record an object.
+
+    Objects that already have their file are skipped, so a stopped run goes on where it was. An object that fails, hangs
+    or takes Blender down is recorded with the reason and tried again by the next run; the others are not affected.
+
+    Args:
+        workers: processes that render at the same time, each with `threads` CPU threads (more processes beat more threads).
+        timeout: seconds that one object may take.
+
+    Returns:
+        The records in the order of `objects`: SourceObject.record() plus "status" ("ok" or "failed"), "reason" and "seconds".
+
+    Raises:
+        InputError: two objects share an id, or the folder was rendered with other settings.
+    """
+    settings = settings or ViewSettings()
+    directory = Path(directory)
+    objects = list(objects)
+    if len({source.id for source in objects}) != len(objects):
+        raise InputError("objects: two of them share an id: give each source its own")
+    if workers < 1 or threads < 1:
+        raise InputError(f"workers and threads must be at least 1, got {workers} and {threads}")
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_settings(directory, settings)
+    records = {record["id"]: record for record in read_records(directory)}
+    pending = [source for source in objects if not views_path(directory, source.id).is_file()]
+    waiting = {source.id for source in pending}
+    for source in objects:
+        # Names and captions follow the source even where the pixels are already there.
+        if source.id not in waiting:
+            seconds = records.get(source.id, {}).get("seconds", 0.0)
+            records[source.id] = {**source.record(), "status": "ok", "reason": "", "seconds": seconds}
+    _write_records(directory, records.values())
+    if pending:
+        _run_workers(pending, directory, settings, min(workers, len(pending)), threads, timeout, progress, records)
+    order = [source.id for source in objects]
+    _write_records(directory, [records[i] for i in order] + [r for i, r in records.items() if i not in set(order)])
+    return [records[i] for i in order]
+
+
+def views_path(directory: str | Path, identifier: str) -> Path:
+    """Where the views of one object lie."""
+    return Path(directory) / f"{identifier}.npz"
+
+
+def read_records(directory: str | Path) -> list[dict]:
+    """The records of a folder of views; the last one of an id counts, and a line cut short by a crash is left out."""
+    records: dict[str, dict] = {}
+    path = Path(directory) / RECORDS
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                records[record["id"]] = record
+            except (ValueError, KeyError, TypeError):
+                continue
+    return list(records.values())
+
+
+def _write_records(directory: Path, records: Iterable[dict]) -> None:
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    _write_text(directory / RECORDS, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _check_settings(directory: Path, settings: ViewSettings) -> None:
+    path = directory / SETTINGS
+    wanted = dataclasses.asdict(settings)
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not readable as JSON ({error}): delete the folder and render again") from error
+        if found != wanted:
+            raise InputError(f"{directory}: rendered with other settings ({found}): choose another folder or delete this one")
+    else:
+        _write_text(path, json.dumps(wanted, indent=1) + "\n")
+
+
+# --- worker processes -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    pipe: multiprocessing.connection.Connection
+    job: SourceObject | None = None
+    since: float = 0.0
+    done: int = 0
+
+
+# A fresh Blender after this many objects, whatever it has piled up.
+_OBJECTS_PER_PROCESS = 200
+
+
+def _start(settings: ViewSettings, directory: Path, threads: int) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, settings, directory, threads), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _work(pipe: multiprocessing.connection.Connection, settings: ViewSettings, directory: Path, threads: int) -> None:
+    """A worker's life: objects come in by the pipe, ("ok" | "failed", reason) goes out; None ends it."""
+    torch.set_num_threads(1)
+    while (source := pipe.recv()) is not None:
+        try:
+            render_object(source, settings, threads).save(views_path(directory, source.id))
+            pipe.send(("ok", ""))
+        except Exception as error:  # one object's trouble, whatever it is, must not stop the others
+            pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]))
+
+
+def _stop(worker: _Worker) -> None:
+    worker.pipe.close()
+    worker.process.kill()
+    worker.process.join()
+
+
+def _run_workers(
+    pending: list[SourceObject],
+    directory: Path,
+    settings: ViewSettings,
+    count: int,
+    threads: int,
+    timeout: float,
+    progress: bool,
+    records: dict[str, dict],
+) -> None:
+    from tqdm import tqdm
+
+    queue = list(reversed(pending))
+    workers = [_start(settings, directory, threads) for _ in range(count)]
+    bar = tqdm(total=len(pending), desc="views", unit="object", disable=not progress)
+    failed = 0
+    try:
+        with open(directory / RECORDS, "a", encoding="utf-8") as journal:
+            while True:
+                for index, worker in enumerate(workers):
+                    if worker.job is None and queue:
+                        if worker.done >= _OBJECTS_PER_PROCESS or not worker.process.is_alive():
+                            _stop(worker)
+                            worker = workers[index] = _start(settings, directory, threads)
+                        worker.job, worker.since = queue.pop(), time.monotonic()
+                        # A pipe that broke here is found by the wait below: the process is dead.
+                        try:
+                            worker.pipe.send(worker.job)
+                        except OSError:
+                            pass
+                busy = [worker for worker in workers if worker.job is not None]
+                if not busy:
+                    break
+                multiprocessing.connection.wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], timeout=1.0)
+                for worker in busy:
+                    outcome = _outcome(worker, timeout)
+                    if outcome is None:
+                        continue
+                    source, seconds = worker.job, round(time.monotonic() - worker.since, 2)
+                    worker.job, worker.done = None, worker.done + 1
+                    record = {**source.record(), "status": outcome[0], "reason": outcome[1], "seconds": seconds}
+                    records[source.id] = record
+                    journal.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    journal.flush()
+                    failed += outcome[0] == "failed"
+                    bar.set_postfix(failed=failed)
+                    bar.update()
+    finally:
+        bar.close()
+        for worker in workers:
+            _stop(worker)
+
+
+def _outcome(worker: _Worker, timeout: float) -> tuple[str, str] | None:
+    """What became of a worker's object; None while it is still at it."""
+    try:
+        if worker.pipe.poll():
+            return worker.pipe.recv()
+    except (EOFError, OSError):
+        pass
+    if not worker.process.is_alive():
+        return "failed", f"WorkError: the render process ended with status {worker.process.exitcode}"
+    if time.monotonic() - worker.since > timeout:
+        worker.process.kill()
+        worker.process.join()
+        return "failed", f"WorkError: no result after {timeout:.0f} seconds"
+    return None
