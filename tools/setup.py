@@ -132,12 +132,14 @@ def venv_is_sound(venv: Path) -> bool:
 
 
 def run(*command: str | Path, what: str) -> None:
+    """Run to the end in silence; on failure show what the command said. Raises SetupError."""
     try:
-        status = subprocess.run([str(part) for part in command]).returncode
+        result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         raise SetupError(f"{what} could not start: {error}") from None
-    if status != 0:
-        raise SetupError(f"{what} failed (exit status {status}): see the lines above, then run `make setup` again")
+    if result.returncode != 0:
+        print(result.stdout, file=sys.stderr, end="")
+        raise SetupError(f"{what} failed (exit status {result.returncode}): see the lines above, then run `make setup` again")
 
 
 def pinned(root: Path, name: str) -> str:
