@@ -38,15 +38,15 @@ $(STAMP): pyproject.toml requirements.lock tools/setup.py
 
 generate: $(STAMP) ## one object from PROMPT="a red armchair" [SEED=0] [COUNT=1] [OUT=out]: .blend, .ply and .png
 	@test -n "$$PROMPT" || { echo 'make generate: PROMPT is empty: make generate PROMPT="a red armchair"' >&2; exit 2; }
-	@$(RUN) tools/blender.py generate --prompt "$$PROMPT" --seed "$$SEED" --count "$$COUNT" --out "$$OUT"
+	@$(RUN) tools/blender.py generate --prompt="$$PROMPT" --seed="$$SEED" --count="$$COUNT" --out="$$OUT"
 
 batch: $(STAMP) ## every line of PROMPTS=file into OUT=dir; resumes, goes on after an error
 	@test -n "$$PROMPTS" || { echo 'make batch: PROMPTS is empty: make batch PROMPTS=prompts.txt OUT=out' >&2; exit 2; }
-	@$(RUN) tools/blender.py generate --prompts "$$PROMPTS" --seed "$$SEED" --count "$$COUNT" --out "$$OUT"
+	@$(RUN) tools/blender.py generate --prompts="$$PROMPTS" --seed="$$SEED" --count="$$COUNT" --out="$$OUT"
 
 train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|paper
 	@test -n "$$PRESET" || { echo 'make train: PRESET is empty: make train PRESET=tiny (or starter, paper)' >&2; exit 2; }
-	@$(RUN) -m trainer train --preset "$$PRESET"
+	@$(RUN) -m trainer train --preset="$$PRESET"
 
 test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension
 	@$(RUN) -m pytest

@@ -286,10 +286,21 @@ def build(root: Path = ROOT, target: Target | None = None, torch_index: str | No
     return result
 
 
+class AddonTestsOnly:
+    """pytest plugin: keeps the tests that run inside Blender, which are those that use the `blender` fixture."""
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        others = [item for item in items if "blender" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "blender" in item.fixturenames]
+
+
 def run_addon_tests(archive: Path, root: Path = ROOT) -> int:
-    """pytest's exit status for the tests marked `addon`, run against the extension installed from `archive`."""
-    environment = {**os.environ, "GAUSSIAN_ATLAS_EXTENSION_ZIP": str(archive)}
-    return subprocess.run([sys.executable, "-m", "pytest", "-m", "addon"], cwd=root, env=environment).returncode
+    """pytest's exit status for the add-on's tests, run against the extension as installed from `archive`."""
+    import pytest
+
+    os.environ["GAUSSIAN_ATLAS_EXTENSION_ZIP"] = str(archive)
+    return pytest.main(["--rootdir", str(root), str(root / "tests")], plugins=[AddonTestsOnly()])
 
 
 def main() -> int:
