@@ -1,0 +1,30 @@
+"""Everything that lives inside Blender. Importing it needs bpy; torch and diffusers are imported only when used."""
+
+from __future__ import annotations
+
+import bpy
+
+from . import batch, operators, panels, preferences, properties, service
+from .operators import files, generate
+
+_CLASSES = (*properties.CLASSES, *preferences.CLASSES, *operators.CLASSES, *panels.CLASSES)
+_commands: list = []
+
+
+def register() -> None:
+    for cls in _CLASSES:
+        bpy.utils.register_class(cls)
+    properties.attach()
+    files.add_to_menus()
+    _commands.append(bpy.utils.register_cli_command("gaussian_atlas", batch.main))
+
+
+def unregister() -> None:
+    generate.cancel_running()
+    service.unload()
+    while _commands:
+        bpy.utils.unregister_cli_command(_commands.pop())
+    files.remove_from_menus()
+    properties.detach()
+    for cls in reversed(_CLASSES):
+        bpy.utils.unregister_class(cls)

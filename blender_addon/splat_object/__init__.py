@@ -1,0 +1,9 @@
+"""The splat object: Gaussians as a point cloud that Cycles and EEVEE render."""
+
+from __future__ import annotations
+
+from .camera import camera_from, framing
+from .layout import is_splats, native
+from .object import read, transformed, write
+
+__all__ = ["camera_from", "framing", "is_splats", "native", "read", "transformed", "write"]

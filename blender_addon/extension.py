@@ -1,0 +1,32 @@
+"""Where the extension lives and what it is: package name, folder, version, chosen model."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import bpy
+
+# "bl_ext.<repository>.gaussian_atlas": the key of the preferences.
+PACKAGE = __package__.rpartition(".")[0]
+FOLDER = Path(__file__).resolve().parent.parent
+STARTER_MODEL = FOLDER / "models" / "starter"
+
+
+@cache
+def version() -> str:
+    """The version that the manifest states."""
+    with open(FOLDER / "blender_manifest.toml", "rb") as file:
+        return tomllib.load(file)["version"]
+
+
+def model_folder(context: bpy.types.Context) -> Path:
+    """The model chosen in the preferences; an empty choice is the bundled starter model."""
+    import bpy
+
+    addon = context.preferences.addons.get(PACKAGE)
+    chosen = addon.preferences.model_path if addon else ""
+    return Path(bpy.path.abspath(chosen)) if chosen else STARTER_MODEL

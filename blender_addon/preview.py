@@ -1,0 +1,100 @@
+"""A scene that shows a splat object from its best side, and its render in Cycles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bpy
+
+from ..generator.errors import WorkError
+from ..generator.files import replacing
+from . import render_settings, splat_object
+
+if TYPE_CHECKING:
+    from ..generator.gaussians import Gaussians
+
+# Seen a little from the right and from above: front, side and top of an object show at once.
+AZIMUTH, ELEVATION = 30.0, 20.0
+WHITE = (1.0, 1.0, 1.0)
+
+
+def empty_scene() -> bpy.types.Scene:
+    """Leave the open file for an empty one and return its scene. Preferences and extensions stay."""
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    return bpy.context.scene
+
+
+def plain_world(color: tuple[float, float, float], name: str = "Plain") -> bpy.types.World:
+    """A world of one scene-linear colour."""
+    world = bpy.data.worlds.new(name)
+    if world.node_tree is None:
+        world.use_nodes = True  # the default, and deprecated, from Blender 5.0
+    nodes = world.node_tree.nodes
+    nodes.clear()
+    background = nodes.new("ShaderNodeBackground")
+    background.inputs["Color"].default_value = (*color, 1.0)
+    surface = nodes.new("ShaderNodeOutputWorld")
+    surface.location = (220, 0)
+    world.node_tree.links.new(background.outputs[0], surface.inputs["Surface"])
+    return world
+
+
+def set_up(
+    scene: bpy.types.Scene, gaussians: Gaussians, size: int, samples: int, azimuth: float = AZIMUTH, elevation: float = ELEVATION
+) -> bpy.types.Object:
+    """Camera, plain background and Cycles settings for Gaussians that stand at the origin; returns the camera.
+
+    Args:
+        size: image side in pixels.
+        samples: per pixel; splats are free of noise, so samples only smooth the edges.
+        azimuth, elevation: where the camera stands, in degrees, as `splat_object.framing` takes them.
+    """
+    camera = splat_object.camera_from(splat_object.framing(gaussians, size, azimuth, elevation), 0)
+    scene.collection.objects.link(camera)
+    scene.camera = camera
+    scene.world = plain_world(WHITE)
+    render_settings.apply(scene)
+    scene.render.engine = "CYCLES"
+    scene.cycles.device = "CPU"
+    scene.cycles.samples = samples
+    scene.cycles.use_adaptive_sampling = False
+    scene.cycles.use_denoising = False
+    scene.render.resolution_x = scene.render.resolution_y = size
+    scene.render.resolution_percentage = 100
+    scene.render.image_settings.file_format = "PNG"
+    scene.render.image_settings.color_mode = "RGB"
+    return camera
+
+
+def render(scene: bpy.types.Scene, path: Path) -> None:
+    """Render the scene's camera to a PNG, which appears only when it is complete.
+
+    Raises:
+        InputError: the place cannot be written.
+        WorkError: Blender did not render.
+    """
+    with replacing(path) as temporary:
+        scene.render.filepath = str(temporary.resolve())
+        try:
+            bpy.ops.render.render(write_still=True, scene=scene.name)
+        except RuntimeError as error:
+            raise WorkError(f"cannot render {path.name}: {' '.join(str(error).split())}") from error
+        finally:
+            scene.render.filepath = f"//{path.name}"
+        if not temporary.exists():
+            raise WorkError(f"cannot render {path.name}: Blender wrote no image")
+
+
+def save_blend(path: Path) -> None:
+    """Save a copy of the open file, which appears only when it is complete.
+
+    Raises:
+        InputError: the place cannot be written.
+        WorkError: Blender did not save.
+    """
+    with replacing(path) as temporary:
+        try:
+            bpy.ops.wm.save_as_mainfile(filepath=str(temporary.resolve()), copy=True, compress=True)
+        except RuntimeError as error:
+            raise WorkError(f"cannot save {path.name}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,113 @@
+"""What the extension stores: settings in the scene, provenance in each object, status in the running session."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import bpy
+from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
+
+from .generation import SEED_MAX, Provenance
+
+
+class GaussianAtlasSettings(bpy.types.PropertyGroup):
+    """Scene.gaussian_atlas: what the next generation uses."""
+
+    prompt: StringProperty(
+        name="Prompt",
+        description="The object to generate, in a few English words",
+        default="",
+        options={"TEXTEDIT_UPDATE"},
+    )
+    negative_prompt: StringProperty(name="Negative Prompt", description="What the object should not be", default="")
+    seed: IntProperty(
+        name="Seed", description="The same prompt and seed give the same object on one machine", default=0, min=0, max=SEED_MAX
+    )
+    randomize_seed: BoolProperty(name="Randomize", description="Draw a new seed at every press of Generate", default=False)
+    steps: IntProperty(
+        name="Steps",
+        description="Solver steps: more take longer and follow the model more closely",
+        default=20,
+        min=1,
+        max=1000,
+        soft_max=50,
+    )
+    guidance: FloatProperty(
+        name="Guidance", description="How strongly the prompt steers; 1 is without guidance", default=3.5, min=0.0, max=30.0, soft_max=10.0
+    )
+    count: IntProperty(name="Count", description="Objects to generate, with consecutive seeds", default=1, min=1, max=1000, soft_max=8)
+    stored_render_settings: StringProperty(
+        options={"HIDDEN"}, description="Render settings from before they were adapted to splats, as JSON"
+    )
+
+
+class GaussianAtlasObject(bpy.types.PropertyGroup):
+    """Object.gaussian_atlas: where a splat object came from. Empty where it is none or its origin is unknown."""
+
+    prompt: StringProperty(name="Prompt")
+    negative_prompt: StringProperty(name="Negative Prompt")
+    seed: IntProperty(name="Seed", min=0, max=SEED_MAX)
+    steps: IntProperty(name="Steps", min=0)
+    guidance: FloatProperty(name="Guidance")
+    model_name: StringProperty(name="Model")
+    model_hash: StringProperty(name="Model Hash", description="sha256 of the model's bundle.json")
+    program_version: StringProperty(name="Program Version")
+    file: StringProperty(name="File", description="The file that the splats were imported from")
+
+
+class GaussianAtlasStatus(bpy.types.PropertyGroup):
+    """WindowManager.gaussian_atlas: the generation that runs now. Never saved."""
+
+    running: BoolProperty()
+    stage: StringProperty()
+    fraction: FloatProperty(min=0.0, max=1.0, subtype="FACTOR")
+    error: StringProperty()
+    fix_operator: StringProperty()
+    fix_label: StringProperty()
+
+
+def store_provenance(object: bpy.types.Object, provenance: Provenance) -> None:
+    """Write provenance into an object."""
+    for field in fields(Provenance):
+        setattr(object.gaussian_atlas, field.name, getattr(provenance, field.name))
+
+
+def stored_provenance(object: bpy.types.Object) -> Provenance | None:
+    """The provenance in an object; None where it was not generated."""
+    stored = object.gaussian_atlas
+    if not stored.prompt:
+        return None
+    return Provenance(**{field.name: getattr(stored, field.name) for field in fields(Provenance)})
+
+
+def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
+    """The provenance that an exported file carries; None where it has none or it is not readable as such."""
+    try:
+        return Provenance(
+            prompt=str(metadata["prompt"]),
+            negative_prompt=str(metadata["negative_prompt"]),
+            seed=int(metadata["seed"]),
+            steps=int(metadata["steps"]),
+            guidance=float(metadata["guidance"]),
+            model_name=str(metadata["model_name"]),
+            model_hash=str(metadata["model_hash"]),
+            program_version=str(metadata["program_version"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+CLASSES = (GaussianAtlasSettings, GaussianAtlasObject, GaussianAtlasStatus)
+_POINTERS = {bpy.types.Scene: GaussianAtlasSettings, bpy.types.Object: GaussianAtlasObject, bpy.types.WindowManager: GaussianAtlasStatus}
+
+
+def attach() -> None:
+    """Add the `gaussian_atlas` property to its owners; the classes are registered before."""
+    for owner, group in _POINTERS.items():
+        owner.gaussian_atlas = PointerProperty(type=group)
+
+
+def detach() -> None:
+    """Take the `gaussian_atlas` property from its owners."""
+    for owner in _POINTERS:
+        del owner.gaussian_atlas

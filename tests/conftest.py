@@ -1,0 +1,105 @@
+"""Blender for the tests: the extension runs as users have it, `bl_ext.user_default.gaussian_atlas`.
+
+With GAUSSIAN_ATLAS_EXTENSION_ZIP the tests install and use that zip instead of the checkout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    # Before anything imports bpy: Blender reads it once. Other tests may use bpy without the extension.
+    config.blender_user_folder = tempfile.mkdtemp(prefix="gaussian-atlas-tests-")
+    os.environ["BLENDER_USER_RESOURCES"] = config.blender_user_folder
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.blender_user_folder, ignore_errors=True)
+
+
+def _tool(name: str):
+    spec = importlib.util.spec_from_file_location(f"gaussian_atlas_tool_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def blender(request):
+    """bpy with the extension enabled in a user folder of the tests' own."""
+    if importlib.util.find_spec("bpy") is None:
+        pytest.skip("the bpy module is not installed")
+    archive = os.environ.get("GAUSSIAN_ATLAS_EXTENSION_ZIP")
+    _tool("blender").start(Path(request.config.blender_user_folder), Path(archive).resolve() if archive else None)
+    import bpy
+
+    return bpy
+
+
+@pytest.fixture(scope="session")
+def extension(blender):
+    """The extension's modules by path: extension("blender_addon.job") is the module that Blender runs."""
+
+    def module(path: str):
+        return importlib.import_module(f"bl_ext.user_default.gaussian_atlas.{path}")
+
+    return module
+
+
+@pytest.fixture
+def bpy(blender):
+    """bpy with an empty scene; the file, the loaded model and the render settings of earlier tests are gone."""
+    blender.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    yield blender
+    importlib.import_module("bl_ext.user_default.gaussian_atlas.blender_addon.service").set_pipeline_factory()
+
+
+@pytest.fixture
+def torus(extension):
+    """torus(count=4096, seed=0): fairly opaque, flat Gaussians on a painted torus, an object of the project's frame."""
+    import numpy as np
+    import torch
+
+    Gaussians = extension("generator.gaussians").Gaussians
+
+    def make(count: int = 4096, seed: int = 0):
+        random = np.random.default_rng(seed)
+        u, v = random.uniform(0, 2 * np.pi, (2, count))
+        ring, tube = 0.36, 0.14
+        normal = np.stack([np.cos(u) * np.cos(v), np.sin(u) * np.cos(v), np.sin(v)], axis=1)
+        means = np.stack([ring * np.cos(u), ring * np.sin(u), np.zeros(count)], axis=1) + tube * normal
+        # A quaternion that turns +Z to the normal, then a random spin about it.
+        half = normal + np.array([0, 0, 1.0])
+        half /= np.linalg.norm(half, axis=1, keepdims=True)
+        spin = random.uniform(0, np.pi, count)
+        turn = np.stack([half[:, 2], -half[:, 1], half[:, 0], np.zeros(count)], axis=1)
+        about = np.stack([np.cos(spin), np.zeros(count), np.zeros(count), np.sin(spin)], axis=1)
+        w1, x1, y1, z1 = turn.T
+        w2, x2, y2, z2 = about.T
+        quaternions = np.stack(
+            [
+                w1 * w2 - x1 * x2 - y1 * y2 - z1 * z2,
+                w1 * x2 + x1 * w2 + y1 * z2 - z1 * y2,
+                w1 * y2 - x1 * z2 + y1 * w2 + z1 * x2,
+                w1 * z2 + x1 * y2 - y1 * x2 + z1 * w2,
+            ],
+            axis=1,
+        )
+        width = np.sqrt(4 * np.pi**2 * ring * tube / count)
+        scales = np.stack([random.uniform(0.5, 0.8, count), random.uniform(0.5, 0.8, count), np.full(count, 0.1)], axis=1) * width
+        colors = 0.5 + 0.45 * np.stack([np.sin(3 * u), np.sin(2 * v + 1), np.cos(u + v)], axis=1)
+        opacities = random.uniform(0.7, 0.98, count)
+        tensors = (torch.tensor(a, dtype=torch.float32) for a in (means, quaternions, scales, opacities, colors))
+        return Gaussians(*tensors)
+
+    return make
