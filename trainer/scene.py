@@ -21,12 +21,17 @@ AMBIENT = 0.86
 KEY = 0.22
 KEY_DIRECTION = (-0.45, -0.55, 0.70)
 # Uniformly transparent materials (glass) keep at least this opacity: thinner ones leave nothing to fit.
-MIN_OPACITY = 0.35
+MIN_OPACITY = 0.25
 # Surfaces below this opacity (holes cut into leaves) do not show in depth and normals.
-PASS_OPACITY = 0.25
+PASS_OPACITY = 0.2
 # Edges sharper than this are not smoothed over.
 SMOOTH_ANGLE = math.radians(35)
 MAX_FACES = 5_000_000
+# Matt colours that are given as plain numbers reflect at least this much light: black paint still shows its shape.
+MIN_ALBEDO = 0.015
+# How far apart faces on the same spot are moved, in object units; a pixel of a 128 px view is a hundred times wider.
+COINCIDENT_GAP = 1e-4
+_MAX_COPLANAR = 4000
 
 # Object frame from a Y-up mesh: X stays, Y becomes up (Z), the front moves from +Z to -Y.
 _Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
@@ -71,6 +76,7 @@ def load_object(
         basis = basis @ np.asarray(rotation, dtype=np.float64)
     meshes = _bake_meshes(basis)
     _fit_box(path, meshes, size)
+    _part_coincident(meshes)
     for mesh in meshes:
         _smooth(mesh)
         _matt_materials(mesh, display_colours=suffix == ".obj")
@@ -113,11 +119,7 @@ def _fit_box(path: Path, meshes: list, size: tuple[float, float, float] | None) 
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
     for mesh in meshes:
         # Only vertices that faces use: stray ones would move the centre.
-        points = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
-        mesh.vertices.foreach_get("co", points)
-        corners = np.empty(len(mesh.loops), dtype=np.int32)
-        mesh.loops.foreach_get("vertex_index", corners)
-        used = points.reshape(-1, 3)[np.unique(corners)]
+        used = _foreach(mesh.vertices, "co", 3)[np.unique(_foreach(mesh.loops, "vertex_index", dtype=np.int32))]
         low, high = np.minimum(low, used.min(0)), np.maximum(high, used.max(0))
     extent = high - low
     if not np.isfinite(extent).all() or extent.max() <= 0:
@@ -131,6 +133,89 @@ def _fit_box(path: Path, meshes: list, size: tuple[float, float, float] | None) 
     matrix = Matrix(np.diag([*scale, 1.0]).tolist()) @ Matrix.Translation((-(low + high) / 2).tolist())
     for mesh in meshes:
         mesh.transform(matrix)
+
+
+def _part_coincident(meshes: list) -> None:
+    """Lifts faces that lie on another face by COINCIDENT_GAP along their normal.
+
+    Everything is rendered double-sided, and which of two coincident faces a ray meets first is chance. Of two that look
+    opposite ways each must show on its own side, as in viewers that cull back faces; of two that look the same way but
+    differ in material the smaller is a decal and belongs on top.
+    """
+    parts = []
+    for mesh in meshes:
+        count = len(mesh.polygons)
+        corner = _foreach(mesh.vertices, "co", 3)[_foreach(mesh.loops, "vertex_index", dtype=np.int32)]
+        starts = _foreach(mesh.polygons, "loop_start", dtype=np.int32)
+        normal = _foreach(mesh.polygons, "normal", 3)
+        # Materials count apart from mesh to mesh.
+        material = _foreach(mesh.polygons, "material_index", dtype=np.int32) + 10_000 * len(parts)
+        lows, highs = np.minimum.reduceat(corner, starts), np.maximum.reduceat(corner, starts)
+        parts.append((normal, (normal * corner[starts]).sum(1), lows, highs, material, np.full(count, len(parts))))
+    normal, plane, lows, highs, material, owner = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    lifted = coincident_faces(normal, plane, lows, highs, material)
+    for number, mesh in enumerate(meshes):
+        mask = lifted[owner == number]
+        if not mask.any():
+            continue
+        # Lifted faces get vertices of their own.
+        totals = _foreach(mesh.polygons, "loop_total", dtype=np.int32)
+        corners = _foreach(mesh.loops, "vertex_index", dtype=np.int32)
+        points = _foreach(mesh.vertices, "co", 3)
+        loops = np.flatnonzero(np.repeat(mask, totals))
+        shift = np.repeat(parts[number][0][mask], totals[mask], axis=0) * COINCIDENT_GAP
+        fresh = points[corners[loops]] + shift
+        corners[loops] = len(points) + np.arange(len(loops))
+        mesh.vertices.add(len(loops))
+        mesh.vertices.foreach_set("co", np.concatenate([points, fresh]).ravel())
+        mesh.loops.foreach_set("vertex_index", corners)
+        mesh.update(calc_edges=True)
+
+
+def _foreach(collection, name: str, width: int = 1, dtype: type = np.float32) -> np.ndarray:
+    """One property of a Blender collection as an array [N] or [N, width]."""
+    values = np.empty(len(collection) * width, dtype=dtype)
+    collection.foreach_get(name, values)
+    return values.reshape(-1, width) if width > 1 else values
+
+
+def coincident_faces(normals: np.ndarray, planes: np.ndarray, lows: np.ndarray, highs: np.ndarray, materials: np.ndarray) -> np.ndarray:
+    """Mask [F] of faces to lift: they share plane and place with a face that looks the opposite way, or with a larger one
+    of another material that looks the same way. Places are compared by bounding boxes; planes with very many faces are
+    left as they are.
+
+    Args:
+        normals: [F, 3] unit normals.
+        planes: [F] signed distances of the faces' planes to the origin, along the normals.
+        lows, highs: [F, 3] bounding boxes.
+        materials: [F] integers.
+    """
+    lifted = np.zeros(len(normals), dtype=bool)
+    axis = np.abs(normals).argmax(1)
+    side = np.sign(normals[np.arange(len(normals)), axis]).astype(np.int64)
+    keys = np.round(np.column_stack([normals * 500, planes / 2e-4]) * side[:, None]).astype(np.int64)
+    _, group = np.unique(keys, axis=0, return_inverse=True)
+    group = group.ravel()
+    # Only planes that hold two kinds of faces are looked at, face by face.
+    kind = np.unique(np.column_stack([side, materials]), axis=0, return_inverse=True)[1].ravel()
+    first = np.full(group.max(initial=-1) + 1, -1)
+    first[group] = kind
+    mixed = np.bincount(group, kind != first[group]) > 0
+    order = np.flatnonzero(mixed[group] & (side != 0))
+    order = order[np.argsort(group[order], kind="stable")]
+    for faces in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else []:
+        if len(faces) > _MAX_COPLANAR:
+            continue
+        axes = [a for a in range(3) if a != axis[faces[0]]]
+        low, high = lows[faces][:, axes], highs[faces][:, axes]
+        # Boxes that only touch do not overlap.
+        overlap = (np.minimum(high[:, None], high) - np.maximum(low[:, None], low) > 1e-4).all(-1)
+        opposite = side[faces][:, None] != side[faces]
+        other = materials[faces][:, None] != materials[faces]
+        area = (high - low).prod(1)
+        rank = np.lexsort((np.arange(len(faces)), -area)).argsort()
+        lifted[faces] = (overlap & (opposite | (other & (rank[:, None] > rank)))).any(1)
+    return lifted
 
 
 def _smooth(mesh) -> None:
@@ -199,7 +284,7 @@ def _matt(tree, principled, display_colours: bool) -> None:
     if display_colours and not textured:
         # MTL colours were picked on a screen: display values, where Blender takes them for linear light.
         colour = surface.inputs["Color"].default_value
-        colour[:3] = srgb_to_linear(np.clip(colour[:3], 0, 1)).tolist()
+        colour[:3] = np.maximum(srgb_to_linear(np.clip(colour[:3], 0, 1)), MIN_ALBEDO).tolist()
     shader = surface.outputs[0]
     emission = principled.inputs["Emission Color"]
     strength = principled.inputs["Emission Strength"]
@@ -222,6 +307,13 @@ def _matt(tree, principled, display_colours: bool) -> None:
             product.inputs[1].default_value = opacity.default_value
             links.new(image.outputs["Alpha"], product.inputs[0])
             links.new(product.outputs[0], opacity)
+    if not opacity.is_linked and opacity.default_value < 1:
+        # Panes hide nothing from light: grey boxes behind glass and most of its noise go.
+        path, seen = nodes.new("ShaderNodeLightPath"), nodes.new("ShaderNodeMath")
+        seen.operation = "MULTIPLY"
+        seen.inputs[1].default_value = opacity.default_value
+        links.new(path.outputs["Is Camera Ray"], seen.inputs[0])
+        links.new(seen.outputs[0], opacity)
     links.new(clear.outputs[0], mix.inputs[1])
     links.new(shader, mix.inputs[2])
     for link in list(principled.outputs[0].links):
@@ -285,7 +377,8 @@ def _settings(scene, cameras: Cameras, samples: int, threads: int) -> None:
     cycles.pixel_filter_type = "BOX"
     cycles.max_bounces = cycles.diffuse_bounces = 2
     cycles.glossy_bounces = cycles.transmission_bounces = cycles.volume_bounces = 0
-    cycles.transparent_max_bounces = 16
+    # Without the minimum, Russian roulette at every pane fills glass with noise.
+    cycles.transparent_max_bounces = cycles.min_transparent_bounces = 16
     cycles.caustics_reflective = cycles.caustics_refractive = False
     layer = scene.view_layers[0]
     layer.use_pass_z = layer.use_pass_normal = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -177,6 +178,8 @@ def render_objects(
     objects = list(objects)
     if len({source.id for source in objects}) != len(objects):
         raise InputError("objects: two of them share an id: give each source its own")
+    if importlib.util.find_spec("bpy") is None:
+        raise WorkError("rendering views needs Blender as a module: pip install bpy==5.0.1 (Python 3.11)")
     if workers < 1 or threads < 1:
         raise InputError(f"workers and threads must be at least 1, got {workers} and {threads}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -267,9 +270,13 @@ def _start(settings: ViewSettings, directory: Path, threads: int) -> _Worker:
 
 
 def _work(pipe: multiprocessing.connection.Connection, settings: ViewSettings, directory: Path, threads: int) -> None:
-    """A worker's life: objects come in by the pipe, ("ok" | "failed", reason) goes out; None ends it."""
+    """A worker's life: objects come in by the pipe, ("ok" | "failed", reason) goes out; a closed pipe ends it."""
     torch.set_num_threads(1)
-    while (source := pipe.recv()) is not None:
+    while True:
+        try:
+            source = pipe.recv()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
         try:
             render_object(source, settings, threads).save(views_path(directory, source.id))
             pipe.send(("ok", ""))
