@@ -23,12 +23,12 @@ class FitConfig:
     """How one object is fitted. Rates are per Adam step."""
 
     count: int = 4096  # Gaussians; a bound and an aim at once, so that every atlas cell holds a live one
-    steps: int = 300  # optimisation steps, one view each; 0 keeps the surface initialisation
-    means_rate: float = 2e-4  # object lengths
+    steps: int = 150  # optimisation steps, one view each; 0 keeps the surface initialisation
+    means_rate: float = 4e-4  # object lengths
     quaternions_rate: float = 2e-3
-    scales_rate: float = 6e-3  # log units
-    opacities_rate: float = 2e-2  # logit units
-    colors_rate: float = 6e-3  # display values
+    scales_rate: float = 1.5e-2  # log units
+    opacities_rate: float = 4e-2  # logit units
+    colors_rate: float = 1e-2  # display values
     ssim_weight: float = 0.2  # share of 1 - SSIM in the photometric loss (Kerbl et al. 2023, eq. 7)
     alpha_weight: float = 0.5  # L1 on the coverage
     scale_weight: float = 0.02  # on the mean scale over the initial one: keeps Gaussians from growing needles

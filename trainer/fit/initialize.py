@@ -84,7 +84,7 @@ def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
     around = np.where(around < len(points), around, chosen[:, None])
     facing = np.einsum("nkc,nc->nk", normals[around], normals[chosen])[..., None] > 0.5
     color = (colors[around] * facing).sum(1) / np.maximum(facing.sum(1), 1)
-    scales = np.stack([0.5 * spacing, 0.5 * spacing, 0.12 * spacing], axis=1)
+    scales = np.stack([0.4 * spacing, 0.4 * spacing, 0.1 * spacing], axis=1)
     return Gaussians(
         means=torch.from_numpy(points[chosen]),
         quaternions=normals_to_quaternions(torch.from_numpy(normals[chosen])),
