@@ -15,8 +15,10 @@ def render_raw(bpy, extension, gaussians, cameras, path, blend_in_display_space=
     splat_object = extension("blender_addon.splat_object")
     node_group = extension("blender_addon.splat_object.node_group")
     scene = bpy.context.scene
+    focal = float(cameras.Ks[0, 0, 0])
     object = splat_object.write(gaussians, "splats")
     node_group.set_input(object, node_group.BLEND_IN_DISPLAY_SPACE, blend_in_display_space)
+    node_group.set_input(object, node_group.SMOOTHING, node_group.LOW_PASS_PIXELS / focal)
     scene.camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(scene.camera)
     extension("blender_addon.render_settings").apply(scene)
