@@ -57,7 +57,7 @@ lint: $(STAMP) ## ruff, and Blender's check of the manifest
 	@$(RUN) tools/extension.py validate
 
 bench: $(STAMP) ## every benchmark beside its peer or reference
-	@for script in benchmarks/bench_*.py; do test -e "$$script" || continue; echo "== $$script"; $(RUN) "$$script" || exit 1; done
+	@for script in benchmarks/[a-z]*.py; do test -e "$$script" || continue; echo "== $$script"; $(RUN) "$$script" || exit 1; done
 
 extension: $(STAMP) ## dist/gaussian_atlas-VERSION-PLATFORM-cpXY.zip, checked by Blender's validator
 	@$(RUN) tools/extension.py build

@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import lock
@@ -81,6 +82,22 @@ def test_closure_follows_needs_extras_and_markers_and_stops_at_cycles(packages):
     assert "zz-w" in lock.closure(roots, {"*": ["zz-heavy"]}, {"sys_platform": "win32"})
     with pytest.raises(LookupError, match="zz-missing .needed by zz-heavy. is not installed"):
         lock.closure(roots)
+
+
+def test_an_installed_package_has_every_module_and_data_file(tmp_path):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    expected = set()
+    for package in ("generator", "trainer", "blender_addon"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        expected |= {path.relative_to(tmp_path).as_posix() for path in (tmp_path / package).rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", "."]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    with zipfile.ZipFile(wheel) as file:
+        held = set(file.namelist())
+    assert expected <= held
+    assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"generator", "trainer", "blender_addon"}
 
 
 # make setup

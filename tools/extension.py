@@ -274,7 +274,7 @@ def build(root: Path = ROOT, target: Target | None = None, torch_index: str | No
     if not (result.exists() and built_from.exists() and built_from.read_text() == state):
         result.parent.mkdir(parents=True, exist_ok=True)
         built_from.unlink(missing_ok=True)
-        part = result.with_suffix(".part.zip")
+        part = result.with_name(f".{result.name}")
         try:
             run_blender_tool("build", "--source-dir", work, "--output-filepath", part, what="the extension does not build")
             run_blender_tool("validate", part, what="the built extension is not valid")
