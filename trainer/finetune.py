@@ -127,7 +127,9 @@ class Trainer:
         strata = (torch.arange(size) + torch.rand(size, generator=generator)) / size
         timesteps = (strata * len(self.alphas)).long()[torch.randperm(size, generator=generator)]
         picks = torch.rand(size, generator=generator)
-        rows_of_text = [self.data.captions[i][int(p * len(self.data.captions[i]))] for i, p in zip(chosen.tolist(), picks.tolist(), strict=True)]
+        rows_of_text = [
+            self.data.captions[i][int(p * len(self.data.captions[i]))] for i, p in zip(chosen.tolist(), picks.tolist(), strict=True)
+        ]
         text = self.data.features[rows_of_text].float()
         text = torch.where(torch.rand(size, 1, 1, generator=generator) < self.config.text_dropout, torch.zeros_like(text), text)
         return tuple(tensor.to(self.device) for tensor in (clean, noise, timesteps, text))
@@ -207,7 +209,9 @@ class Trainer:
                     recent.clear()
                     writer.add_scalar("loss/train", mean, self.step)
                     writer.add_scalar("learning_rate", self.rate(self.step), self.step)
-                    bar.set_postfix(loss=f"{mean:.4f}", sample_s=f"{(time.perf_counter() - started) / ((self.step - first) * config.batch_size):.3f}")
+                    bar.set_postfix(
+                        loss=f"{mean:.4f}", sample_s=f"{(time.perf_counter() - started) / ((self.step - first) * config.batch_size):.3f}"
+                    )
                 if self.step % config.checkpoint_every == 0 or self.step == config.max_steps:
                     validation = self.validate()
                     if validation is not None:
@@ -296,7 +300,9 @@ def build_unet(config: FinetuneConfig, text_width: int):
     if config.fold != 1:
         raise InputError("a base takes plain atlases: set fold to 1")
     if base.config.cross_attention_dim != text_width:
-        raise InputError(f"base {config.base!r} expects text features of width {base.config.cross_attention_dim}, the text encoder gives {text_width}")
+        raise InputError(
+            f"base {config.base!r} expects text features of width {base.config.cross_attention_dim}, the text encoder gives {text_width}"
+        )
     return widen_unet(base)
 
 

@@ -25,7 +25,9 @@ class Projected(NamedTuple):
     extents: Tensor  # [N, 2] half sides in pixels of the box outside which alpha < 1/255; 0 if never visible
 
 
-def project(means: Tensor, quaternions: Tensor, scales: Tensor, opacities: Tensor, viewmat: Tensor, K: Tensor, size: tuple[int, int]) -> Projected:
+def project(
+    means: Tensor, quaternions: Tensor, scales: Tensor, opacities: Tensor, viewmat: Tensor, K: Tensor, size: tuple[int, int]
+) -> Projected:
     """Project N Gaussians to one camera; differentiable.
 
     Args:

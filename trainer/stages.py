@@ -1,0 +1,280 @@
+"""The stages from objects to a bundle. Each reads what the one before left in the run's folder, and can be run again.
+
+views/ID.npz, views.jsonl      rendered objects
+fits/ID.ply, ID.json           fitted Gaussians and how well they show held-out views
+atlases/ID.safetensors         their atlases, gathered in shards/atlases-*.tar
+normalization.safetensors      statistics of the shards
+finetune/checkpoint-*/         the network
+bundle/                        what the generator loads
+evaluation/                    pictures and scores
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator
+from generator.errors import InputError, WorkError
+from generator.formats import load, save
+
+from . import captions, dataset
+from .farm import for_each
+from .finetune import Trainer, TrainingData, checkpoints
+from .fit import FitConfig
+from .presets import Preset
+from .sources import SourceObject, credits, open_source, with_colour
+
+
+def views(preset: Preset, run: Path) -> None:
+    """Render the preset's objects from all sides."""
+    from .views import render_objects
+
+    objects = [source for spec in preset.sources for source in open_source(spec, run.parent / "sources")]
+    objects = preset.select(objects)
+    records = render_objects(objects, run / "views", preset.views, workers=preset.workers)
+    failed = [record for record in records if record["status"] != "ok"]
+    _say(f"views: {len(records) - len(failed)} of {len(records)} objects rendered")
+    for record in failed:
+        _say(f"  {record['id']}: {record['reason']}")
+    if len(failed) == len(records):
+        raise WorkError(f"no object could be rendered; the first says: {failed[0]['reason']}")
+
+
+def fit(preset: Preset, run: Path) -> None:
+    """Fit Gaussians to the views of every object."""
+    sources = _finished(run / "views", ".npz", "views")
+    (run / "fits").mkdir(parents=True, exist_ok=True)
+    todo = [(path.stem, path, run / "fits" / f"{path.stem}.ply", preset.fit) for path in sources]
+    todo = [item for item in todo if not (item[2].is_file() and item[2].with_suffix(".json").is_file())]
+    failures = for_each(_fit_one, todo, preset.workers, "fit")
+    _report("fit", len(sources), failures, len(list((run / "fits").glob("*.ply"))))
+
+
+def _fit_one(identifier: str, views_path: Path, output: Path, config: FitConfig) -> None:
+    from .fit import fit as fit_views
+    from .views import Views
+
+    torch.set_num_threads(1)
+    result = fit_views(Views.load(views_path), config)
+    save(result.gaussians, output)
+    scores = {"psnr": result.psnr, "psnr_foreground": result.psnr_foreground, "seconds": result.seconds, "gaussians": len(result.gaussians)}
+    _write_text(output.with_suffix(".json"), json.dumps({key: round(value, 3) for key, value in scores.items()}))
+
+
+def atlas(preset: Preset, run: Path) -> None:
+    """Transport every good fit to the sphere, and gather the atlases with their captions in shards."""
+    from .views import read_records
+
+    layout = AtlasLayout.load_default(preset.size, preset.projection)
+    fits = _finished(run / "fits", ".ply", "fit")
+    scores = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in fits}
+    kept = [path for path in fits if scores[path.stem]["psnr"] >= preset.minimum_psnr]
+    _say(f"atlas: {len(kept)} of {len(fits)} fits reach {preset.minimum_psnr} dB on held-out views")
+    (run / "atlases").mkdir(parents=True, exist_ok=True)
+    todo = [(path.stem, path, run / "atlases" / f"{path.stem}.safetensors", layout, preset.transport) for path in kept]
+    todo = [item for item in todo if _layout_of(item[2]) != layout.id]
+    failures = for_each(_atlas_one, todo, preset.workers, "atlas")
+    _report("atlas", len(kept), failures, len(kept) - len(failures))
+    records = {record["id"]: record for record in read_records(run / "views")}
+
+    def samples() -> Iterator[tuple[str, Atlas, dict]]:
+        for path in kept:
+            if path.stem in failures:
+                continue
+            values = safetensors.torch.load_file(run / "atlases" / f"{path.stem}.safetensors")["values"]
+            record = {**records[path.stem], **scores[path.stem]}
+            for key in ("status", "reason", "seconds", "size"):
+                record.pop(key, None)
+            record["colour"] = captions.dominant_colour(load(path)) or ""
+            if record["colour"]:
+                record["captions"] = record["captions"] + [with_colour(caption, record["colour"]) for caption in record["captions"]]
+                record["captions"] = list(dict.fromkeys(record["captions"]))
+            yield path.stem, Atlas(values, layout.id), record
+
+    dataset.write_shards(samples(), run / "shards")
+
+
+def _atlas_one(identifier: str, fit_path: Path, output: Path, layout: AtlasLayout, quality: str) -> None:
+    from .atlas import to_atlas
+
+    torch.set_num_threads(1)
+    result = to_atlas(load(fit_path), layout, quality)
+    payload = safetensors.torch.save({"values": result.values.float().contiguous()}, {"layout_id": layout.id})
+    partial = output.with_suffix(".partial")
+    partial.write_bytes(payload)
+    os.replace(partial, output)
+
+
+def _layout_of(path: Path) -> str:
+    """Layout id of a stored atlas; empty where there is none or it is damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("layout_id", "")
+    except (OSError, SafetensorError):
+        return ""
+
+
+def stats(preset: Preset, run: Path) -> None:
+    """Mean and deviation of every cell over the shards."""
+    accumulator = None
+    for sample, layout_id in dataset.read_shards(run / "shards"):
+        accumulator = accumulator or NormalizationAccumulator(layout_id)
+        accumulator.update(sample.values)
+    accumulator.result(preset.normalization).save(run / "normalization.safetensors")
+    _say(f"stats: mean and deviation of {accumulator.count} atlases, for every {preset.normalization}")
+
+
+def finetune(preset: Preset, run: Path) -> None:
+    """Train the network; goes on from the newest checkpoint."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = Trainer(preset.finetune, training_data(preset, run), run / "finetune", device)
+    if trainer.resume():
+        _say(f"finetune: resumed at step {trainer.step}")
+    parameters = sum(parameter.numel() for parameter in trainer.unet.parameters())
+    _say(f"finetune: {parameters / 1e6:.1f} M parameters, {len(trainer.train_rows)} atlases, {len(trainer.validation_rows)} held out")
+    for _ in trainer.run():
+        pass
+
+
+def training_data(preset: Preset, run: Path) -> TrainingData:
+    """The shards, normalised, with the text features of their captions."""
+    from generator.model.text import TextEncoder
+
+    normalization = _normalization(run)
+    values, rows, ids = [], [], []
+    texts: dict[str, int] = {}
+    for sample, layout_id in dataset.read_shards(run / "shards"):
+        if layout_id != normalization.layout_id:
+            raise InputError(
+                f"the shards have layout {layout_id}, the statistics {normalization.layout_id}: run `python -m trainer stats` again"
+            )
+        values.append(normalization.normalize(sample.values).half())
+        rows.append([texts.setdefault(caption, len(texts)) for caption in sample.record["captions"]])
+        ids.append(sample.id)
+    encoder = TextEncoder.default()
+    names = list(texts)
+    features = []
+    for start in range(0, len(names), 64):
+        hidden, mask = encoder.encode(names[start : start + 64])
+        features.append((hidden * mask[..., None].to(hidden)).half())
+    return TrainingData(torch.stack(values), rows, torch.cat(features), ids)
+
+
+def pack(preset: Preset, run: Path) -> None:
+    """Write the bundle of the newest checkpoint's averaged network."""
+    from generator.model.bundle import save_bundle
+    from generator.model.text import TextEncoder
+
+    from .finetune import build_unet
+    from .schedule import scheduler_config
+
+    found = checkpoints(run / "finetune")
+    if not found:
+        raise InputError(f"no checkpoint in {run / 'finetune'}: run `python -m trainer finetune` first")
+    encoder = TextEncoder.default()
+    normalization = _normalization(run)
+    unet = build_unet(preset.finetune, encoder.width)
+    unet.load_state_dict(safetensors.torch.load_file(found[-1] / "ema.safetensors"))
+    step = json.loads((found[-1] / "state.json").read_text())["step"]
+    samples = [sample for sample, _ in dataset.read_shards(run / "shards")]
+    psnrs = torch.tensor([sample.record["psnr"] for sample in samples])
+    libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
+    config = preset.finetune
+    info = {
+        "name": f"gaussian-atlas-{preset.name}",
+        "version": preset.version,
+        "licence": "CC-BY-3.0" if any(not licence.startswith("CC0") for _, licence in libraries) else "CC0-1.0",
+        "trained_on": {
+            "objects": len(samples),
+            "libraries": [f"{library} ({licence})" for library, licence in libraries],
+            "base": config.base or "none: random weights",
+            "steps": step,
+            "batch_size": config.batch_size,
+            "prediction_type": config.prediction_type,
+        },
+        "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
+        "metrics": {"fit_psnr_mean": round(psnrs.mean().item(), 2), "fit_psnr_lowest": round(psnrs.min().item(), 2)},
+        "fold": config.fold,
+        "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
+        "inference": {"dtype": "auto", "channels_last": True},
+    }
+    save_bundle(
+        run / "bundle",
+        unet=unet,
+        scheduler_config=scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr),
+        text_encoder=encoder,
+        layout=AtlasLayout.load_default(preset.size, preset.projection),
+        normalization=normalization,
+        channels=ChannelSpec(),
+        info=info,
+        files={"CREDITS.md": _credits(samples).encode()},
+    )
+    _say(f"pack: {run / 'bundle'}, step {step}, {len(samples)} objects")
+
+
+def evaluate(preset: Preset, run: Path) -> None:
+    """Draw the preset's prompts beside their nearest training objects, and score them."""
+    from .evaluate import nearest_report
+
+    report = nearest_report(run / "bundle", run / "shards", preset.prompts, run / "evaluation")
+    _say(f"evaluate: {report}")
+
+
+STAGES: dict[str, Callable[[Preset, Path], None]] = {
+    "views": views,
+    "fit": fit,
+    "atlas": atlas,
+    "stats": stats,
+    "finetune": finetune,
+    "pack": pack,
+    "evaluate": evaluate,
+}
+
+
+def _credits(samples: list[dataset.Sample]) -> str:
+    """Whom to thank for the objects a model was trained on: a table of libraries, then every object."""
+    known, lines = [], []
+    for sample in samples:
+        credit = {key: sample.record[key] for key in ("name", "creator", "licence", "library")}
+        known.append(SourceObject(id=sample.id, path=Path(), **credit))
+        lines.append(f"* {credit['name']} ({sample.id}): {credit['creator'] or 'not named'}, {credit['library']}, {credit['licence']}")
+    return "# Objects this model was trained on\n\n" + credits(known) + "\n" + "\n".join(lines) + "\n"
+
+
+def _normalization(run: Path) -> Normalization:
+    path = run / "normalization.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path} is not there: run `python -m trainer stats` first")
+    return Normalization.load(path)
+
+
+def _finished(directory: Path, suffix: str, stage: str) -> list[Path]:
+    found = sorted(path for path in directory.glob(f"*{suffix}") if not path.name.startswith("."))
+    if not found:
+        raise InputError(f"nothing in {directory}: run `python -m trainer {stage}` first")
+    return found
+
+
+def _report(stage: str, total: int, failures: dict[str, str], done: int) -> None:
+    _say(f"{stage}: {done} of {total} objects")
+    for identifier, reason in failures.items():
+        _say(f"  {identifier}: {reason}")
+    if not done:
+        raise WorkError(f"{stage} failed for every object; the first says: {next(iter(failures.values()), 'nothing')}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
