@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import lock
@@ -82,6 +84,45 @@ def test_closure_follows_needs_extras_and_markers_and_stops_at_cycles(packages):
     assert "zz-w" in lock.closure(roots, {"*": ["zz-heavy"]}, {"sys_platform": "win32"})
     with pytest.raises(LookupError, match="zz-missing .needed by zz-heavy. is not installed"):
         lock.closure(roots)
+
+
+def third_party_imports(folder: str) -> dict[str, set[str]]:
+    """{distribution: files of `folder` that import it}, imports inside functions included; Blender's own modules aside."""
+    ours = {"generator", "trainer", "blender_addon", "tests", *(path.stem for path in ROOT.glob("t*s/*.py"))}
+    blenders = {"bpy", "bpy_extras", "mathutils", "addon_utils"}
+    providers = metadata.packages_distributions()
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - ours - blenders:
+                provider = canonicalize_name(providers.get(name, [name])[0])
+                found.setdefault(provider, set()).add(path.relative_to(ROOT).as_posix())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras", "groups"),
+    [
+        ("generator", ["cuda"], []),
+        ("blender_addon", [], []),
+        ("trainer", ["trainer", "cuda", "blender"], []),
+        ("tools", [], ["dev"]),
+        ("tests", ["trainer", "cuda", "blender"], ["dev"]),
+        ("benchmarks", ["trainer", "cuda", "blender"], ["dev"]),
+    ],
+)
+def test_what_is_imported_is_declared_where_it_is_needed(folder, extras, groups):
+    project = lock.read_project()
+    lines = list(project["project"]["dependencies"])
+    for extra in extras:
+        lines += project["project"]["optional-dependencies"][extra]
+    for group in groups:
+        lines += project["dependency-groups"][group]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    undeclared = {name: sorted(files) for name, files in third_party_imports(folder).items() if name not in declared}
+    assert not undeclared, "imported, but not in pyproject.toml for this folder"
 
 
 def test_an_installed_package_has_every_module_and_data_file(tmp_path):
