@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.linalg import cg
 from scipy.spatial import cKDTree
 
 from generator.errors import InputError
@@ -22,11 +24,10 @@ QUALITIES = ("fast", "high", "exact")
 
 _CLUSTER = 8  # points per cluster of the coarse start
 _MAX_CLUSTERS = 1024  # the assignment between clusters is dense and cubic
-_BLOCK = 256  # points per block that a sweep solves exactly
-_SWEEPS = 6
+_BLOCKS = {"fast": (256, 6), "high": (512, 16)}  # points per block that a sweep solves exactly, sweeps
 _NEIGHBOURS = 16  # targets around each target that 2-opt tries
-_DUAL_NEIGHBOURS = 32  # targets around each target that the potentials see
-_DUAL_SWEEPS = 60
+_DUAL_NEIGHBOURS = 8  # targets around each target that its potential is fitted to
+_TIGHT = 1e-10  # standardised units; a pair whose reduced cost is larger is taken apart by the exact solver
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def assign(points: np.ndarray, targets: np.ndarray, quality: str = "fast", seed:
     Args:
         points: [N, D] finite numbers (D = 3 for objects, 2 for the plane).
         targets: [N, D], in the same units.
-        quality: "fast" matches median-split clusters coarse to fine, then improves by 2-opt and exact re-solving of
-            random blocks; "high" and "exact" finish that start by shortest augmenting paths, "high" to within 0.01 % of
-            the optimum, "exact" to the optimum.
+        quality: "fast" matches median-split clusters coarse to fine, then improves by 2-opt and by re-solving random
+            blocks exactly; "high" re-solves more and larger blocks; "exact" continues from "fast" by shortest augmenting
+            paths to the proven optimum, in memory linear in N.
         seed: of the random block directions; the result is a function of the arguments alone.
 
     Raises:
@@ -69,12 +70,13 @@ def assign(points: np.ndarray, targets: np.ndarray, quality: str = "fast", seed:
     points, point_scale = _standardised(points)
     targets, target_scale = _standardised(targets)
 
+    block, sweeps = _BLOCKS["high" if quality == "high" else "fast"]
+    indices = _improved(points, targets, _coarse_to_fine(points, targets), block, sweeps, np.random.default_rng(seed))
+    potentials = _potentials(points, targets, indices)
     if quality == "exact":
-        indices, value, bound = _exact(points, targets)
-    else:
-        indices = _fast(points, targets, np.random.default_rng(seed))
-        bound = _dual_bound(points, targets, indices)
-        value = -np.einsum("nd,nd->", points, targets[indices])
+        _shortest_augmenting_paths(points, targets, indices, potentials)
+    value = -np.einsum("nd,nd->", points, targets[indices])
+    bound = _dual_value(points, targets, potentials)
     constant = offset @ offset + point_scale**2 * (points**2).sum(1).mean() + target_scale**2 * (targets**2).sum(1).mean()
     factor = 2 * point_scale * target_scale / len(points)
     cost = max(0.0, float(constant + factor * value))
@@ -98,32 +100,6 @@ def _standardised(values: np.ndarray) -> tuple[np.ndarray, float]:
     values = values - values.mean(0)
     scale = float(np.sqrt((values**2).sum(1).mean())) or 1.0
     return np.ascontiguousarray(values / scale), scale
-
-
-def _exact(points: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, float, float]:
-    costs = -points @ targets.T
-    _, indices = linear_sum_assignment(costs)
-    value = float(costs[np.arange(len(points)), indices].sum())
-    return indices.astype(np.int64), value, value
-
-
-def _fast(points: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Coarse-to-fine start, 2-opt, then sweeps of exactly solved random blocks."""
-    indices = _coarse_to_fine(points, targets)
-    count = len(points)
-    if count <= _CLUSTER:
-        return indices
-    neighbours = cKDTree(targets).query(targets, k=min(_NEIGHBOURS + 1, count))[1][:, 1:]
-    _two_opt(points, targets, indices, np.ascontiguousarray(neighbours), 50)
-    for sweep in range(_SWEEPS):
-        space = targets[indices] if sweep % 2 == 0 else points
-        rotation = np.linalg.qr(rng.normal(size=(space.shape[1],) * 2))[0]
-        for block in _median_split(space @ rotation, max(1, round(count / _BLOCK)), rng):
-            goals = indices[block]
-            rows, columns = linear_sum_assignment(-points[block] @ targets[goals].T)
-            indices[block[rows]] = goals[columns]
-        _two_opt(points, targets, indices, np.ascontiguousarray(neighbours), 10)
-    return indices
 
 
 def _coarse_to_fine(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -171,6 +147,32 @@ def _median_split(values: np.ndarray, parts: int, rng: np.random.Generator | Non
     return [group for group in groups if len(group)]
 
 
+def _improved(
+    points: np.ndarray, targets: np.ndarray, indices: np.ndarray, block: int, sweeps: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The assignment after 2-opt and sweeps that re-solve random blocks exactly; never worse than the one given."""
+    count = len(points)
+    if count == 1:
+        return indices
+    neighbours = _nearest(targets, _NEIGHBOURS)
+    _two_opt(points, targets, indices, neighbours, 50)
+    for sweep in range(sweeps):
+        # Long-range flow needs blocks of near targets, crossings of near points blocks of those: take turns.
+        space = points if sweep % 2 else targets[indices]
+        rotation = np.linalg.qr(rng.normal(size=(space.shape[1],) * 2))[0]
+        for members in _median_split(space @ rotation, max(1, round(count / block)), rng):
+            goals = indices[members]
+            rows, columns = linear_sum_assignment(-points[members] @ targets[goals].T)
+            indices[members[rows]] = goals[columns]
+        _two_opt(points, targets, indices, neighbours, 10)
+    return indices
+
+
+def _nearest(values: np.ndarray, count: int) -> np.ndarray:
+    """[N, up to count] rows nearest to each row, itself excluded unless rows coincide."""
+    return np.ascontiguousarray(cKDTree(values).query(values, k=range(2, min(count + 1, len(values)) + 1))[1])
+
+
 @njit(cache=True)
 def _two_opt(points, targets, indices, neighbours, sweeps):  # pragma: no cover - compiled
     """Swap the targets of two points while that shortens the way, trying each target's neighbours."""
@@ -198,37 +200,26 @@ def _two_opt(points, targets, indices, neighbours, sweeps):  # pragma: no cover 
             break
 
 
-def _dual_bound(points: np.ndarray, targets: np.ndarray, indices: np.ndarray) -> float:
-    """Value of a feasible dual solution of the assignment with costs -p.t, built around a near-optimal assignment."""
+def _potentials(points: np.ndarray, targets: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Dual potentials [N] of the targets for costs -p.t, nearly optimal where the assignment is.
+
+    Optimality bounds the difference of two potentials from both sides: the owner p_j of target j must not prefer target
+    k, nor the owner of k target j, so v_k - v_j lies between p_k.(t_j - t_k) and p_j.(t_j - t_k). The potentials are the
+    least-squares fit to the middle of these bounds over neighbouring targets, which averages out what is not optimal
+    yet (relaxing the bounds one by one would spread it).
+    """
     count = len(points)
-    neighbours = cKDTree(targets).query(targets, k=min(_DUAL_NEIGHBOURS + 1, count))[1].reshape(count, -1)
-    potentials = _relaxed_potentials(points, targets, indices, np.ascontiguousarray(neighbours), _DUAL_SWEEPS)
-    return _dual_value(points, targets, potentials)
-
-
-@njit(cache=True)
-def _relaxed_potentials(points, targets, indices, neighbours, sweeps):  # pragma: no cover - compiled
-    """Bellman-Ford on the targets: v_k <= v_j + c(i, k) - c(i, j) where i owns j and k lies near j."""
-    count, dim = points.shape
-    owner = np.empty(count, np.int64)
-    for i in range(count):
-        owner[indices[i]] = i
-    potentials = np.zeros(count)
-    for _ in range(sweeps):
-        changed = False
-        for j in range(count):
-            i = owner[j]
-            for n in range(neighbours.shape[1]):
-                k = neighbours[j, n]
-                step = potentials[j]
-                for d in range(dim):
-                    step += points[i, d] * (targets[j, d] - targets[k, d])
-                if step < potentials[k] - 1e-12:
-                    potentials[k] = step
-                    changed = True
-        if not changed:
-            break
-    return potentials
+    if count == 1:
+        return np.zeros(1)
+    neighbours = _nearest(targets, _DUAL_NEIGHBOURS)
+    owners = points[np.argsort(indices)]
+    j, k = np.repeat(np.arange(count), neighbours.shape[1]), neighbours.ravel()
+    middle = 0.5 * ((owners[j] + owners[k]) * (targets[j] - targets[k])).sum(1)
+    edges = coo_matrix((np.ones(len(j)), (j, k)), shape=(count, count))
+    links = (edges + edges.T).tocsr()
+    system = diags(np.asarray(links.sum(1)).ravel()) - links
+    flow = np.bincount(k, middle, count) - np.bincount(j, middle, count)
+    return cg(system, flow, rtol=1e-4, maxiter=500)[0]
 
 
 @njit(cache=True)
@@ -246,3 +237,78 @@ def _dual_value(points, targets, potentials):  # pragma: no cover - compiled
                 best = reduced
         total += best + potentials[i]
     return total
+
+
+@njit(cache=True)
+def _shortest_augmenting_paths(points, targets, indices, potentials):  # pragma: no cover - compiled
+    """Make an assignment optimal, and the potentials prove it (Jonker and Volgenant 1987, with dense Dijkstra).
+
+    Pairs that are not tight under the potentials are taken apart, and each free point finds the cheapest chain of
+    reassignments to a free target. Costs are recomputed, not stored. Both arrays are changed in place.
+    """
+    count, dim = points.shape
+    owner = np.full(count, -1, np.int64)
+    duals = np.empty(count)  # of the points
+    for i in range(count):
+        best = np.inf
+        own = 0.0
+        for k in range(count):
+            reduced = -potentials[k]
+            for d in range(dim):
+                reduced -= points[i, d] * targets[k, d]
+            best = min(best, reduced)
+            if k == indices[i]:
+                own = reduced
+        duals[i] = best
+        if own > best + _TIGHT:
+            indices[i] = -1
+        else:
+            owner[indices[i]] = i
+    distance = np.empty(count)
+    previous = np.empty(count, np.int64)
+    remaining = np.empty(count, np.int64)
+    settled = np.empty(count, np.int64)
+    for start in range(count):
+        if indices[start] >= 0:
+            continue
+        for k in range(count):
+            distance[k] = np.inf
+            remaining[k] = k
+        left = count
+        done = 0
+        reach = 0.0
+        i = start
+        while True:
+            best = np.inf
+            at = -1
+            for q in range(left):
+                k = remaining[q]
+                way = reach - duals[i] - potentials[k]
+                for d in range(dim):
+                    way -= points[i, d] * targets[k, d]
+                if way < distance[k]:
+                    distance[k] = way
+                    previous[k] = i
+                if distance[k] < best or (distance[k] == best and owner[k] < 0):
+                    best = distance[k]
+                    at = q
+            j = remaining[at]
+            left -= 1
+            remaining[at] = remaining[left]
+            reach = max(reach, best)
+            if owner[j] < 0:
+                break
+            settled[done] = j
+            done += 1
+            i = owner[j]
+        for q in range(done):
+            k = settled[q]
+            potentials[k] -= reach - distance[k]
+            duals[owner[k]] += reach - distance[k]
+        duals[start] += reach
+        while True:
+            i = previous[j]
+            owner[j] = i
+            j, indices[i] = indices[i], j
+            if i == start:
+                break
