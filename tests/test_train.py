@@ -14,7 +14,7 @@ from generator.atlas import Atlas, AtlasLayout
 from generator.errors import InputError
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
-from trainer.captions import dominant_colour
+from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
 from trainer.presets import PRESETS
 
@@ -47,7 +47,7 @@ def run(tmp_path_factory) -> Path:
     (meshes / "captions.csv").write_text("file,caption\nplank.obj,a plank\ntower.obj,a tower\ndice.obj,a dice\nbroken.obj,a ghost\n")
     settings = (
         "--preset tiny --include= --views.train 6 --views.held-out 1 --views.size 48 --views.samples 2 --fit.count 600 --fit.steps 15 "
-        "--minimum-psnr 5 --finetune.max-steps 2 --finetune.decay-steps 0 --finetune.batch-size 2 --finetune.mixed-precision no --steps 2"
+        "--minimum-psnr 5 --recolour 1 --finetune.max-steps 2 --finetune.decay-steps 0 --finetune.batch-size 2 --finetune.mixed-precision no --steps 2"
     ).split()
     result = trainer("train", *settings, "--sources", str(meshes), "--prompts", "a plank", "--runs", str(directory / "runs"))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -63,7 +63,9 @@ def test_one_broken_object_does_not_stop_the_others(run):
 
 def test_shards_hold_captions_colours_and_scores(run):
     samples = {sample.id: sample for sample, _ in read_shards(run / "shards")}
-    assert samples.keys() == {"plank", "tower", "dice"}
+    assert {sample.record["object"] for sample in samples.values()} == {"plank", "tower", "dice"} and len(samples) == 6
+    painted = next(sample for identifier, sample in samples.items() if identifier.startswith("plank-"))
+    assert painted.record["colour"] != "red" and all(painted.record["colour"] in caption for caption in painted.record["captions"])
     record = samples["plank"].record
     assert record["colour"] == "red" and "a red plank" in record["captions"] and record["psnr"] > 5
     assert not any(str(value).startswith("/") for value in record.values()), "a record must hold no path of this machine"
@@ -133,6 +135,22 @@ def test_dominant_colours(rgb, word):
         colors=torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.2, 0.7], [0.9, 0.9, 0.9], [0.05, 0.05, 0.05]]).repeat(10, 1)
     )
     assert dominant_colour(rainbow) is None
+
+
+def test_oklab_round_trip():
+    colors = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(from_oklab(to_oklab(colors)), colors, atol=1e-4, rtol=0)
+
+
+def test_recolouring_paints_one_part_and_keeps_the_rest():
+    colors = torch.cat([torch.tensor([[0.8, 0.1, 0.1]]).repeat(30, 1) * torch.linspace(0.8, 1, 30)[:, None], torch.full((10, 3), 0.05)])
+    identity = torch.tensor([[1.0, 0, 0, 0]]).repeat(40, 1)
+    gaussians = Gaussians(torch.rand(40, 3), identity, torch.full((40, 3), 0.01), torch.ones(40), colors)
+    painted = recolour(gaussians, "red", "blue")
+    assert dominant_colour(painted) == "blue"
+    assert torch.equal(painted.colors[30:], colors[30:]) and torch.equal(painted.means, gaussians.means)
+    lightness = to_oklab(painted.colors[:30])[:, 0]
+    assert (lightness.diff() > 0).all(), "the shading must survive"
 
 
 def test_presets_are_consistent():

@@ -25,36 +25,72 @@ _PROTOTYPES = {
 COLOURS = tuple(_PROTOTYPES)
 
 
-def oklab(colors: Tensor) -> Tensor:
+_RGB_TO_LMS = torch.tensor(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ],
+    dtype=torch.float64,
+)
+_LMS_TO_LAB = torch.tensor(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ],
+    dtype=torch.float64,
+)
+
+
+def to_oklab(colors: Tensor) -> Tensor:
     """Display sRGB [..., 3] in 0..1 to Oklab [..., 3] (Ottosson 2020)."""
     linear = torch.where(colors <= 0.04045, colors / 12.92, ((colors.clamp_min(0) + 0.055) / 1.055) ** 2.4)
-    to_lms = colors.new_tensor(
-        [
-            [0.4122214708, 0.5363325363, 0.0514459929],
-            [0.2119034982, 0.6806995451, 0.1073969566],
-            [0.0883024619, 0.2817188376, 0.6299787005],
-        ]
-    )
-    to_lab = colors.new_tensor(
-        [
-            [0.2104542553, 0.7936177850, -0.0040720468],
-            [1.9779984951, -2.4285922050, 0.4505937099],
-            [0.0259040371, 0.7827717662, -0.8086757660],
-        ]
-    )
-    lms = linear @ to_lms.T
-    return (lms.sign() * lms.abs() ** (1 / 3)) @ to_lab.T
+    lms = linear @ _RGB_TO_LMS.T.to(colors)
+    return (lms.sign() * lms.abs() ** (1 / 3)) @ _LMS_TO_LAB.T.to(colors)
+
+
+def from_oklab(lab: Tensor) -> Tensor:
+    """Oklab [..., 3] to display sRGB [..., 3], cut to 0..1."""
+    lms = lab @ torch.linalg.inv(_LMS_TO_LAB).T.to(lab)
+    linear = (lms**3 @ torch.linalg.inv(_RGB_TO_LMS).T.to(lab)).clamp(0, 1)
+    return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _words(gaussians: Gaussians) -> Tensor:
+    """Index into `COLOURS` of each Gaussian [N]: the word of the nearest prototype."""
+    words = torch.tensor([index for index, prototypes in enumerate(_PROTOTYPES.values()) for _ in prototypes])
+    prototypes = to_oklab(torch.tensor([p for prototypes in _PROTOTYPES.values() for p in prototypes]))
+    return words[torch.cdist(to_oklab(gaussians.colors.float()), prototypes).argmin(1)]
+
+
+def _areas(gaussians: Gaussians) -> Tensor:
+    """Opacity times the largest cross-section of each Gaussian [N]: its share of the visible surface, up to a constant."""
+    return gaussians.opacities.float() * gaussians.scales.float().sort(1).values[:, 1:].prod(1)
 
 
 def dominant_colour(gaussians: Gaussians, share: float = 0.45) -> str | None:
     """The colour word that at least `share` of the visible surface bears, or None where no colour dominates."""
-    names = [name for name, prototypes in _PROTOTYPES.items() for _ in prototypes]
-    prototypes = oklab(torch.tensor([p for prototypes in _PROTOTYPES.values() for p in prototypes]))
-    nearest = torch.cdist(oklab(gaussians.colors.float()), prototypes).argmin(1)
-    two_largest = gaussians.scales.float().sort(1).values[:, 1:]
-    weights = gaussians.opacities.float() * two_largest.prod(1)
-    shares = {name: 0.0 for name in COLOURS}
-    for index, weight in enumerate(torch.bincount(nearest, weights, minlength=len(names)).tolist()):
-        shares[names[index]] += weight
-    name = max(shares, key=shares.__getitem__)
-    return name if shares[name] >= share * max(sum(shares.values()), 1e-12) else None
+    totals = torch.bincount(_words(gaussians), _areas(gaussians), minlength=len(COLOURS))
+    index = int(totals.argmax())
+    return COLOURS[index] if totals[index] >= share * totals.sum().clamp_min(1e-12) else None
+
+
+def recolour(gaussians: Gaussians, colour: str, target: str) -> Gaussians:
+    """The object with its part of one colour painted in another; shading and the other parts stay.
+
+    Args:
+        colour, target: words of `COLOURS`. What bears `colour` moves in Oklab so that its mean is the target's first
+            prototype; half of the variation in lightness is kept, which is the shading.
+    """
+    part = _words(gaussians) == COLOURS.index(colour)
+    if not part.any():
+        return gaussians
+    lab = to_oklab(gaussians.colors.float())
+    goal = to_oklab(torch.tensor(_PROTOTYPES[target][0]))
+    weights = _areas(gaussians)[part, None]
+    mean = (lab[part] * weights).sum(0) / weights.sum().clamp_min(1e-12)
+    painted = goal + (lab[part] - mean) * torch.tensor([0.6, 0.3, 0.3])
+    colors = gaussians.colors.clone()
+    colors[part] = from_oklab(painted).to(colors)
+    return gaussians.replace(colors=colors)

@@ -24,6 +24,11 @@ _HEADS = (
 _VOCABULARY = rf"(?:.+ )?(?:{_HEADS})(?: (?:with|on|under|lying|holding) .+)?"
 _UNWANTED = r"track|strip|porch|fluorescent|wall|lower|upper|technical|glass table|table tennis table|fire|fitness|clothes horse"
 
+_LIVING = (
+    "plants?|ficus|yucca|cactus|bamboo|tree|palm|maple|pine|cypress|poplar|acacia|beech|bush|horse|dog|cat|bulldog|deer|rabbit|chicken|"
+    "snowman|man|woman|boy|girl"
+)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -38,6 +43,8 @@ class Preset:
     projection: str = "equirectangular"  # the paper's; or equal_area
     transport: str = "fast"  # quality of the transport to the sphere: fast, high or exact
     normalization: str = "cell"  # statistics for every cell (the paper) or every channel
+    recolour: int = 0  # repainted variants of each object that has a dominant colour, with captions that name the new one
+    never_recolour: str = ""  # regular expression: objects whose plainest caption contains it keep their colours
     minimum_psnr: float = 18.0  # dB on held-out views; worse fits are left out of the atlases
     workers: int = 2  # processes in the stages that work object by object
     views: ViewSettings = field(default_factory=ViewSettings)
@@ -111,6 +118,8 @@ PRESETS = {
         name="starter",
         include=_VOCABULARY,
         exclude=_UNWANTED,
+        recolour=4,
+        never_recolour=_LIVING,
         finetune=FinetuneConfig(
             unet=_unet((96, 192, 256), (False, False, True), size=32),
             fold=2,

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator
+from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, from_atlas
+from generator.atlas import pack as pack_atlas
 from generator.errors import InputError, WorkError
 from generator.formats import load, save
 
@@ -92,13 +95,31 @@ def atlas(preset: Preset, run: Path) -> None:
             record = {**records[path.stem], **scores[path.stem]}
             for key in ("status", "reason", "seconds", "size"):
                 record.pop(key, None)
-            record["colour"] = captions.dominant_colour(load(path)) or ""
-            if record["colour"]:
-                record["captions"] = record["captions"] + [with_colour(caption, record["colour"]) for caption in record["captions"]]
-                record["captions"] = list(dict.fromkeys(record["captions"]))
-            yield path.stem, Atlas(values, layout.id), record
+            yield from _variants(Atlas(values, layout.id), layout, record, preset)
 
     dataset.write_shards(samples(), run / "shards")
+
+
+def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset) -> Iterator[tuple[str, Atlas, dict]]:
+    """An atlas under its own captions, and repainted under captions that say so.
+
+    Transport looks at positions alone, so a repainted object keeps its cells.
+    """
+    gaussians = from_atlas(original, layout)
+    colour = captions.dominant_colour(gaussians)
+    plain = record["captions"]
+    own = [with_colour(caption, colour) for caption in plain] if colour else []
+    identifier = record["id"]
+    yield identifier, original, {**record, "object": identifier, "colour": colour or "", "captions": list(dict.fromkeys(plain + own))}
+    if not colour or re.search(rf"\b(?:{preset.never_recolour})\b", plain[0]):
+        return
+    others = [word for word in captions.COLOURS if word != colour]
+    # Which colours an object gets depends on its id alone, so that a larger set repeats a smaller one.
+    random.Random(identifier).shuffle(others)
+    for target in others[: preset.recolour]:
+        painted = pack_atlas(captions.recolour(gaussians, colour, target), layout)
+        named = [text for text in dict.fromkeys(with_colour(caption, target) for caption in plain) if target in text]
+        yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 
 
 def _atlas_one(identifier: str, fit_path: Path, output: Path, layout: AtlasLayout, quality: str) -> None:
@@ -157,7 +178,7 @@ def training_data(preset: Preset, run: Path) -> TrainingData:
             )
         values.append(normalization.normalize(sample.values).half())
         rows.append([texts.setdefault(caption, len(texts)) for caption in sample.record["captions"]])
-        ids.append(sample.id)
+        ids.append(sample.record["object"])
     encoder = TextEncoder.default()
     names = list(texts)
     features = []
@@ -183,7 +204,8 @@ def pack(preset: Preset, run: Path) -> None:
     unet = build_unet(preset.finetune, encoder.width)
     unet.load_state_dict(safetensors.torch.load_file(found[-1] / "ema.safetensors"))
     step = json.loads((found[-1] / "state.json").read_text())["step"]
-    samples = [sample for sample, _ in dataset.read_shards(run / "shards")]
+    everything = [sample for sample, _ in dataset.read_shards(run / "shards")]
+    samples = [sample for sample in everything if sample.id == sample.record["object"]]
     psnrs = torch.tensor([sample.record["psnr"] for sample in samples])
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
@@ -193,6 +215,7 @@ def pack(preset: Preset, run: Path) -> None:
         "licence": "CC-BY-3.0" if any(not licence.startswith("CC0") for _, licence in libraries) else "CC0-1.0",
         "trained_on": {
             "objects": len(samples),
+            "atlases": len(everything),
             "libraries": [f"{library} ({licence})" for library, licence in libraries],
             "base": config.base or "none: random weights",
             "steps": step,
