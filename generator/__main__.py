@@ -1,0 +1,296 @@
+"""The command line: `python -m generator PROMPT --output F.ply`, `info FILE-or-BUNDLE`, `convert IN OUT`.
+
+Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 the work failed, 2 wrong usage or
+input (one line, "gaussian-atlas: error: ..."), 130 interrupted. Files appear complete or not at all.
+A prompt that is exactly "info" or "convert" must come after an option: `python -m generator --output sign.ply info`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+from .errors import Cancelled, InputError, WorkError
+
+PROGRAM = "gaussian-atlas"
+STARTER = Path(__file__).resolve().parent.parent / "models" / "starter"
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+PREVIEW_SIZE = 512  # pixels
+# What the arguments of the pipeline are called here.
+_OPTIONS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_samples_per_prompt": "--count", "seed": "--seed"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see --help)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"{PROGRAM}: warning: {_one_line(message)}")
+    try:
+        command = {"info": _info, "convert": _convert}.get(arguments[0] if arguments else "")
+        if command is not None:
+            command(arguments[1:])
+        else:
+            _generate(arguments)
+        return DONE
+    except (KeyboardInterrupt, Cancelled):
+        _say(f"{PROGRAM}: interrupted; nothing was written")
+        return INTERRUPTED
+    except InputError as error:
+        _say(f"{PROGRAM}: error: {_one_line(error)}")
+        return USAGE
+    except WorkError as error:
+        _say(f"{PROGRAM}: error: {_one_line(error)}")
+        return FAILED
+    except BrokenPipeError:
+        # The reader of standard output went away; keep Python from complaining once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if os.environ.get("GAUSSIAN_ATLAS_TRACEBACK"):
+            raise
+        _say(f"{PROGRAM}: error: {type(error).__name__}: {_one_line(error)} (GAUSSIAN_ATLAS_TRACEBACK=1 shows where)")
+        return FAILED
+    finally:
+        warnings.showwarning = shown
+
+
+def _generate(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="python -m generator",
+        usage="%(prog)s PROMPT --output FILE [options]\n       %(prog)s info FILE-or-BUNDLE [--json]\n       %(prog)s convert IN OUT",
+        description="Text to 3D Gaussians.",
+        epilog='A prompt that is exactly "info" or "convert" must come after an option.',
+        allow_abbrev=False,
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help='the object to generate, such as "a red armchair"')
+    parser.add_argument("--output", required=True, metavar="FILE", help=".ply, .splat or .spz; with --count it becomes FILE-0, FILE-1, ...")
+    parser.add_argument("--preview", metavar="FILE.png", help="also render a picture of each object")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first object; the others follow (default: 0)")
+    parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 20)")
+    parser.add_argument("--guidance", type=float, help="how strictly the prompt is followed; 1 is off (default: the model's, usually 3.5)")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="what the object should not be")
+    parser.add_argument("--count", type=int, default=1, help="number of objects (default: 1)")
+    parser.add_argument("--model", default=str(STARTER), metavar="DIR", help="model folder or hub id (default: the starter model)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {program_version()}")
+    options = parser.parse_args(arguments)
+
+    from .files import check_writable, replacing
+    from .formats import check_suffix, save
+
+    started = time.perf_counter()
+    # What can be wrong is looked for before the seconds of loading; the cheap and likely first.
+    check_suffix(options.output)
+    from .model.pipeline import GaussianAtlasPipeline, check_arguments
+
+    try:
+        check_arguments(options.prompt, options.negative, options.seed, options.steps, options.guidance, options.count)
+    except InputError as error:
+        argument, _, rest = str(error).partition(" ")
+        raise InputError(f"{_OPTIONS.get(argument, argument)} {rest}") from error
+    outputs, previews = _numbered(options.output, options.count), [None] * options.count
+    if options.preview is not None:
+        if Path(options.preview).suffix.lower() != ".png":
+            raise InputError(f"--preview {options.preview}: previews end in .png")
+        previews = _numbered(options.preview, options.count)
+    for path in outputs + [path for path in previews if path is not None]:
+        check_writable(path)
+
+    _say(f"loading {options.model}")
+    pipeline = GaussianAtlasPipeline.from_pretrained(options.model, device=options.device)
+    from tqdm import tqdm
+
+    bar = tqdm(desc="sampling", unit="step", file=sys.stderr, disable=None)
+
+    def progress(step: int, total: int, _preview: object) -> None:
+        bar.total = total
+        bar.update(step - bar.n)
+
+    with bar:
+        result = pipeline(
+            options.prompt,
+            negative_prompt=options.negative,
+            seed=options.seed,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            num_samples_per_prompt=options.count,
+            callback=progress,
+        )
+    seconds = {"load": pipeline.load_seconds} | result.seconds
+    provenance = {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative,
+        "steps": result.num_inference_steps,
+        "guidance": result.guidance_scale,
+        "model_name": pipeline.info["name"],
+        "model_hash": pipeline.model_hash,
+        "program_version": program_version(),
+    }
+    pictures = []
+    if options.preview is not None:
+        before = time.perf_counter()
+        from .render import Cameras, render, save_png
+
+        pictures = [render(gaussians, Cameras.orbit(count=1, size=PREVIEW_SIZE)).rgb[0] for gaussians in result.gaussians]
+        seconds["preview"] = time.perf_counter() - before
+    before = time.perf_counter()
+    # All files take their places together at the end of the block, or none does.
+    with ExitStack() as places:
+        for path, gaussians, seed in zip(outputs, result.gaussians, result.seeds, strict=True):
+            save(gaussians, places.enter_context(replacing(path)), metadata=provenance | {"seed": seed})
+        for path, picture in zip(previews, pictures, strict=bool(pictures)):
+            save_png(picture, places.enter_context(replacing(path)))
+    seconds["write"] = time.perf_counter() - before
+    seconds["total"] = time.perf_counter() - started
+    _report(options, pipeline, result, outputs, previews, provenance, {stage: round(value, 3) for stage, value in seconds.items()})
+
+
+def _report(options, pipeline, result, outputs, previews, provenance, seconds) -> None:
+    objects = [
+        {"output": str(output), "preview": None if preview is None else str(preview), "seed": seed, "gaussians": len(gaussians)}
+        for output, preview, seed, gaussians in zip(outputs, previews, result.seeds, result.gaussians, strict=True)
+    ]
+    if options.json:
+        model = {"name": pipeline.info["name"], "version": pipeline.info["version"], "sha256": pipeline.model_hash, "path": options.model}
+        found = {
+            "prompt": options.prompt,
+            "negative_prompt": options.negative,
+            "seed": options.seed,
+            "steps": result.num_inference_steps,
+            "guidance": result.guidance_scale,
+            "gaussians": len(result.gaussians[0]),
+            "model": model,
+            "device": str(pipeline.device),
+            "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+            "seconds": seconds,
+            "objects": objects,
+            "program_version": provenance["program_version"],
+        }
+        print(json.dumps(found))
+        return
+    for entry in objects:
+        files = entry["output"] if entry["preview"] is None else f"{entry['output']} {entry['preview']}"
+        print(f"{files}  {entry['gaussians']} Gaussians, seed {entry['seed']}")
+    _say(f"{result.num_inference_steps} steps; " + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
+
+
+def _info(arguments: list[str]) -> None:
+    parser = _Parser(prog="python -m generator info", description="What a splat file or a model bundle holds.", allow_abbrev=False)
+    parser.add_argument("path", metavar="FILE-or-BUNDLE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args(arguments)
+    path = Path(options.path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    found = _describe_bundle(path) if path.is_dir() else _describe_file(path)
+    if options.json:
+        print(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name}: {_short(entry)}" for name, entry in value.items())
+        print(f"{key:<{width}}  {_short(value)}")
+
+
+def _describe_file(path: Path) -> dict:
+    from .formats import check_suffix, load, load_metadata
+
+    suffix = check_suffix(path)
+    gaussians = load(path)
+    low, high = gaussians.means.amin(0), gaussians.means.amax(0)
+    return {
+        "file": str(path),
+        "format": suffix.removeprefix("."),
+        "bytes": path.stat().st_size,
+        "gaussians": len(gaussians),
+        "minimum": [round(value, 5) for value in low.tolist()],
+        "maximum": [round(value, 5) for value in high.tolist()],
+        "median_opacity": round(gaussians.opacities.median().item(), 5),
+        "median_scale": round(gaussians.scales.median().item(), 7),
+        "mean_color": [round(value, 4) for value in gaussians.colors.mean(0).tolist()],
+        "metadata": load_metadata(path),
+    }
+
+
+def _describe_bundle(path: Path) -> dict:
+    from .model.bundle import load_bundle
+
+    bundle = load_bundle(path)
+    stored = {key: value for key, value in bundle.info.items() if key != "files"}
+    return {
+        "bundle": str(path),
+        **stored,
+        "prediction_type": bundle.scheduler_config.get("prediction_type"),
+        "bytes": sum(entry["size"] for entry in bundle.info["files"].values()),
+        "sha256": bundle.hash,
+    }
+
+
+def _convert(arguments: list[str]) -> None:
+    parser = _Parser(prog="python -m generator convert", description="One splat format to another, by suffix.", allow_abbrev=False)
+    parser.add_argument("input", metavar="IN", help=".ply, .splat or .spz")
+    parser.add_argument("output", metavar="OUT", help=".ply, .splat or .spz")
+    options = parser.parse_args(arguments)
+    from .files import check_writable
+    from .formats import check_suffix, load, load_metadata, save
+
+    check_suffix(options.output)
+    check_writable(options.output)
+    gaussians = load(options.input)
+    save(gaussians, options.output, metadata=load_metadata(options.input))
+    print(f"{options.output}  {len(gaussians)} Gaussians")
+
+
+def _numbered(name: str, count: int) -> list[Path]:
+    path = Path(name)
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+
+
+def program_version() -> str:
+    """The version of the program: what the manifest beside this package says, else that of the installed distribution."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        with open(Path(__file__).resolve().parent.parent / "blender_manifest.toml", "rb") as stream:
+            return str(tomllib.load(stream)["version"])
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return version("gaussian-atlas")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    # A prompt may hold characters that a redirected stream cannot.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    sys.exit(main())
