@@ -170,16 +170,11 @@ class GaussianAtlasPipeline:
         defaults = self.info.get("defaults", {})
         steps = defaults.get("num_inference_steps", 20) if num_inference_steps is None else num_inference_steps
         guidance = defaults.get("guidance_scale", 3.5) if guidance_scale is None else guidance_scale
-        prompts = _check_prompts(prompt)
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            raise InputError(f"negative_prompt must be text, got {type(negative_prompt).__name__}")
-        _check_count("num_samples_per_prompt", num_samples_per_prompt, 1, 10_000)
-        _check_count("batch_size", batch_size, 1, 10_000)
-        _check_count("num_inference_steps", steps, 1, min(MAX_STEPS, self.scheduler.config.num_train_timesteps))
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not math.isfinite(guidance):
-            raise InputError(f"guidance_scale must be a finite number, got {guidance!r}")
-        prompts = [text for text in prompts for _ in range(num_samples_per_prompt)]
-        _check_count("seed", seed, 0, MAX_SEED - len(prompts) + 1)
+        check_arguments(prompt, negative_prompt, seed, steps, guidance, num_samples_per_prompt, batch_size)
+        trained = self.scheduler.config.num_train_timesteps
+        if steps > trained:
+            raise InputError(f"num_inference_steps must be at most {trained}, the steps this model was trained with, got {steps}")
+        prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_samples_per_prompt)]
         seeds = [seed + index for index in range(len(prompts))]
 
         started = time.perf_counter()
@@ -292,16 +287,37 @@ def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and native else torch.float32
 
 
-def _check_prompts(prompt: object) -> list[str]:
+def check_arguments(
+    prompt: object,
+    negative_prompt: object = None,
+    seed: object = 0,
+    num_inference_steps: object = None,
+    guidance_scale: object = None,
+    num_samples_per_prompt: object = 1,
+    batch_size: object = 4,
+) -> None:
+    """Check the arguments of a pipeline's call without a pipeline; None is its default.
+
+    Raises:
+        InputError: one is out of range; the message names it.
+    """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
-        raise InputError("prompt must be text or a list of texts")
-    if not prompts:
-        raise InputError("prompt is an empty list; give at least one prompt")
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise InputError(f"prompt must be text or a list of texts, got {prompt!r}")
     for index, text in enumerate(prompts):
         if not text.strip():
-            raise InputError(f"prompt {index} is empty; say what to make" if len(prompts) > 1 else "prompt is empty; say what to make")
-    return list(prompts)
+            which = f"prompt {index}" if len(prompts) > 1 else "prompt"
+            raise InputError(f'{which} is empty: describe an object, such as "a red armchair"')
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise InputError(f"negative_prompt must be text, got {negative_prompt!r}")
+    _check_count("num_samples_per_prompt", num_samples_per_prompt, 1, 10_000)
+    _check_count("batch_size", batch_size, 1, 10_000)
+    _check_count("seed", seed, 0, MAX_SEED - len(prompts) * num_samples_per_prompt + 1)
+    if num_inference_steps is not None:
+        _check_count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if guidance_scale is not None and not (number and math.isfinite(guidance_scale)):
+        raise InputError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
 
 
 def _check_count(name: str, value: object, low: int, high: int) -> None:
