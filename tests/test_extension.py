@@ -122,6 +122,14 @@ def test_each_python_names_the_blenders_that_run_it(python, first, last):
     assert built["permissions"] == tomllib.loads(source)["permissions"]
 
 
+@pytest.mark.parametrize("platform", sorted(extension.PLATFORMS))
+@pytest.mark.parametrize("python", sorted(extension.BLENDER_OF_PYTHON))
+def test_every_target_bundles_the_same_packages_at_the_locks_versions(platform, python):
+    pins = extension.wheel_pins(extension.Target(platform, python))
+    assert pins.keys() == extension.wheel_pins(extension.host_target()).keys()
+    assert not set(pins) & set(extension.BLENDER_BRINGS)
+
+
 def test_a_cuda_build_of_torch_is_refused(tmp_path):
     wheel = tmp_path / "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as file:

@@ -43,6 +43,7 @@ NOT_IMPORTED = {
     "transformers": ("typer",),  # only its command line
     "huggingface-hub": ("click", "hf-xet"),  # only its command line; only faster downloads
     "diffusers": ("importlib-metadata",),  # only Python 3.7 and older
+    "tqdm": ("colorama",),  # only colours on Windows
 }
 
 # Blender versions that run each Python: from, and the first one that no longer does.
@@ -230,10 +231,8 @@ def stage(root: Path, folder: Path, target: Target, wheels: list[Path]) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, copy, ignore=NEVER_STAGED)
-        elif source.is_file():
-            shutil.copy(source, copy)
         else:
-            raise ExtensionError(f"{name} is missing: the extension cannot be built without it")
+            shutil.copy(source, copy)
     (folder / "wheels").mkdir()
     for wheel in wheels:
         try:
@@ -265,6 +264,8 @@ def build(root: Path = ROOT, target: Target | None = None, torch_index: str | No
         raise ExtensionError(f"--platform {target.platform}: choose one of {', '.join(PLATFORMS)}")
     if target.python not in BLENDER_OF_PYTHON:
         raise ExtensionError(f"--python {target.python}: Blender runs {' or '.join(BLENDER_OF_PYTHON)}")
+    if absent := [name for name in SOURCES if not (root / name).exists()]:
+        raise ExtensionError(f"{', '.join(absent)} missing: the extension cannot be built without")
     validate(root)
     manifest = read_manifest(root)
     work = root / "build" / "extension" / target.label
