@@ -39,9 +39,7 @@ _Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
 _OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-def load_object(
-    path: Path, *, up: str = "y", rotation: np.ndarray | None = None, size: tuple[float, float, float] | None = None
-) -> None:
+def load_object(path: Path, *, up: str = "y", rotation: np.ndarray | None = None, size: tuple[float, float, float] | None = None) -> None:
     """Empties Blender and fills it with one mesh in the object frame: Z up, front to -Y, centred, longest side 1.
 
     Args:

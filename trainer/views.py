@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -272,6 +273,8 @@ def _start(settings: ViewSettings, directory: Path, threads: int) -> _Worker:
 def _work(pipe: multiprocessing.connection.Connection, settings: ViewSettings, directory: Path, threads: int) -> None:
     """A worker's life: objects come in by the pipe, ("ok" | "failed", reason) goes out; a closed pipe ends it."""
     torch.set_num_threads(1)
+    # A parent that runs Blender hands on its search path; Blender's own folder of modules would hide the bpy package.
+    sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "_bpy_types.py").is_file()]
     while True:
         try:
             source = pipe.recv()

@@ -31,7 +31,7 @@ _RENAMED = {
     "drawers cabinet": "cabinet with drawers",
     "female": "woman",
     "flacon": "perfume bottle",
-    "flipper": "diving fins",
+    "flipper": "pinball machine",
     "fork lift": "forklift",
     "ford focus": "hatchback car",
     "frame chambord": "picture frame",
@@ -117,8 +117,8 @@ _PLACES = {
 }
 # What stands in places: "a table for the kitchen", but not "a steak for the kitchen".
 _FURNITURE = frozenset(
-    "armchair basin bath bathtub bed bench bidet bookcase cabinet chair couch crib cupboard desk dresser faucet fireplace futon island lamp "
-    "mirror ottoman pouf shelf shelves sink sofa stool table toilet towel tub vanity wardrobe washbasin".split()
+    "armchair basin bath bathtub bed bench bidet bookcase cabinet chair couch crib cupboard desk dresser faucet fireplace futon island "
+    "lamp mirror ottoman pouf shelf shelves sink sofa stool table toilet towel tub vanity wardrobe washbasin".split()
 )
 # Other words for the same thing, and the plainer word for a special one; by the end of the name.
 _SYNONYMS = {

@@ -6,12 +6,15 @@ import os
 import posixpath
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from generator.errors import InputError
 
+# What zipfile raises on archives that are damaged, encrypted or packed in ways it does not know.
+ARCHIVE_ERRORS = (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 # The formats Blender imports for us; each with the axis that points up in its files.
 MESH_SUFFIXES = {".obj": "y", ".glb": "y", ".gltf": "y", ".ply": "z"}
 # What one object may unpack to; far above any real catalogue entry, far below what fills a disk.
@@ -91,7 +94,7 @@ def extract(source: SourceObject, directory: Path) -> Path:
             else:
                 target.write_bytes(reader.read(source.member))
             return target
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except ARCHIVE_ERRORS as error:
         raise InputError(f"{source.path}: cannot unpack {source.member} ({error}): download the file again") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from generator.errors import InputError
 
 from .captions import captions
-from .objects import SourceObject, safe_member, unique_slugs
+from .objects import ARCHIVE_ERRORS, SourceObject, safe_member, unique_slugs
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_CATALOGUE_BYTES = 16 * 2**20
@@ -42,7 +42,7 @@ def sweet_home_3d(path: str | Path) -> list[SourceObject]:
             properties = parse_properties(archive.read(catalogue).decode("latin-1"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except ARCHIVE_ERRORS as error:
         raise InputError(f"{path}: not a readable zip archive ({error}): download it again") from error
     return _objects(path, properties, names)
 

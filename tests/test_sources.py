@@ -1,0 +1,328 @@
+"""Sources of objects: catalogues, captions, unsafe archives, folders, the download."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+
+import pytest
+
+from generator.errors import InputError, WorkError
+from trainer.sources import (
+    captions,
+    clean_name,
+    credits,
+    download,
+    download_sweet_home_3d,
+    extract,
+    folder,
+    objects,
+    open_source,
+    sweet_home_3d,
+    with_article,
+    with_colour,
+)
+from trainer.sources.sweet_home_3d import CATALOGUE, parse_properties
+
+OBJ = "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl wood\nf 1 2 3\n"
+MTL = "newmtl wood\nKa 1 1 1\nKd 0.5 0.25 0\nmap_Kd -s 2 2 1 My Wood.JPG\nmap_Bump bump.png\nmap_d C:\\stuff\\gone.png\n"
+PROPERTIES = """# comment
+name=Test library
+license=Creative Commons Attribution 3.0 license
+id#1=Test#armchair
+name#1=Armchair
+tags#1=Seat, Couch
+category#1=Office
+model#1=/chairs/chair.obj
+width#1=59.4
+depth#1=62.7
+height#1=105
+modelRotation#1=1 0 0 0 0 1 \\
+    0 -1 0
+creator#1=Zo\\u00eb \\
+    Maker
+name#2 = Lamp
+model#2 : chairs/chair.obj
+"""
+
+
+def library(path, properties=PROPERTIES, **entries):
+    files = {"chairs/chair.obj": OBJ, "chairs/chair.mtl": MTL, "chairs/my wood.jpg": "pixels", **entries}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        if properties is not None:
+            archive.writestr(CATALOGUE, properties.encode("latin-1"))
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_a_catalogue_becomes_objects(tmp_path):
+    first, second = sweet_home_3d(library(tmp_path / "test.sh3f"))
+    assert (first.id, first.name, first.category, first.tags) == ("test-armchair", "Armchair", "Office", ("Seat", "Couch"))
+    assert first.creator == "Zoë Maker" and first.licence == "CC-BY-3.0" and first.library == "Test library"
+    assert first.size == pytest.approx((0.594, 0.627, 1.05))
+    assert first.rotation == ((1, 0, 0), (0, 0, 1), (0, -1, 0))
+    assert first.captions[:3] == ["armchair", "an armchair", "a 3d model of an armchair"]
+    assert second.id == "test-library-lamp" and second.size is None and second.rotation is None
+    assert str(tmp_path) not in json.dumps(first.record())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=1\nb : 2\nc 3\n", {"a": "1", "b": "2", "c": "3"}),
+        ("! no\n  # no\nkey\\ with\\:signs = v\n", {"key with:signs": "v"}),
+        ("price=10\\u20ac\ntab=a\\tb\\\\c\n", {"price": "10€", "tab": "a\tb\\c"}),
+        ("long=one \\\n   two \\\r\n # three\nnext=x", {"long": "one two # three", "next": "x"}),
+        ("even=a\\\\\nother=b", {"even": "a\\", "other": "b"}),
+        ("empty=\nbare\n", {"empty": "", "bare": ""}),
+        ("\u00e9t\u00e9=\u00fc", {"été": "ü"}),
+    ],
+)
+def test_java_properties(text, expected):
+    assert parse_properties(text) == expected
+
+
+def test_extract_writes_a_clean_model(tmp_path):
+    source = sweet_home_3d(library(tmp_path / "test.sh3f"))[0]
+    mesh = extract(source, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.mtl", "model.obj", "texture_0.jpg"]
+    assert mesh.read_text().startswith("mtllib model.mtl\n") and "f 1 2 3" in mesh.read_text()
+    # The map is found whatever its case, its options stay; bump maps and maps that are missing go, the colour stays.
+    assert mesh.with_suffix(".mtl").read_text().split("\n")[:3] == ["newmtl wood", "Kd 0.5 0.25 0", "map_Kd -s 2 2 1 texture_0.jpg"]
+    assert "gone" not in mesh.with_suffix(".mtl").read_text() and "bump" not in mesh.with_suffix(".mtl").read_text()
+
+
+def test_references_cannot_leave_the_archive(tmp_path):
+    (tmp_path / "secret.png").write_text("secret")
+    mtl = "newmtl wood\nKd 1 1 1\nmap_Kd ../../secret.png\nmap_d /etc/hostname\n"
+    source = sweet_home_3d(library(tmp_path / "test.sh3f", **{"chairs/chair.mtl": mtl, "../escape.txt": "out"}))[0]
+    extract(source, tmp_path / "a" / "out")
+    assert sorted(p.name for p in (tmp_path / "a" / "out").iterdir()) == ["model.mtl", "model.obj"]
+    assert not list(tmp_path.rglob("escape.txt"))
+    assert "map_" not in (tmp_path / "a" / "out" / "model.mtl").read_text()
+
+
+@pytest.mark.parametrize("member", ["../outside.obj", "chairs/../../outside.obj", "C:/outside.obj"])
+def test_unsafe_model_names_are_refused(tmp_path, member):
+    properties = PROPERTIES.replace("/chairs/chair.obj", member)
+    with pytest.raises(InputError, match="unsafe entry name"):
+        sweet_home_3d(library(tmp_path / "test.sh3f", properties, **{member: OBJ}))
+
+
+def test_bad_libraries_are_named(tmp_path):
+    path = tmp_path / "bad.sh3f"
+    with pytest.raises(InputError, match="no such file"):
+        sweet_home_3d(path)
+    path.write_text("not a zip")
+    with pytest.raises(InputError, match="bad.sh3f: not a readable zip"):
+        sweet_home_3d(path)
+    with pytest.raises(InputError, match=f"no {CATALOGUE}"):
+        sweet_home_3d(library(path, properties=None))
+    with pytest.raises(InputError, match="chairs/gone.obj, which the archive does not hold"):
+        sweet_home_3d(library(path, PROPERTIES.replace("/chairs/chair.obj", "/chairs/gone.obj")))
+    with pytest.raises(InputError, match="model#1"):
+        sweet_home_3d(library(path, PROPERTIES.replace("model#1=/chairs/chair.obj\n", "")))
+    with pytest.raises(InputError, match="width#1 is not a number"):
+        sweet_home_3d(library(path, PROPERTIES.replace("59.4", "wide")))
+    with pytest.raises(InputError, match="needs 9 numbers"):
+        sweet_home_3d(library(path, PROPERTIES.replace("0 -1 0", "0 -1")))
+    with pytest.raises(InputError, match="no furniture"):
+        sweet_home_3d(library(path, "name=empty\n"))
+
+
+def test_archives_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    source = sweet_home_3d(library(tmp_path / "test.sh3f", **{"chairs/my wood.jpg": "0" * 5_000_000}))[0]
+    assert source.path.stat().st_size < 50_000
+    monkeypatch.setattr(objects, "MAX_OBJECT_BYTES", 1_000_000)
+    with pytest.raises(InputError, match="unpacks to more than"):
+        extract(source, tmp_path / "out")
+
+
+def test_a_damaged_entry_is_an_input_error(tmp_path):
+    path = library(tmp_path / "test.sh3f")
+    source = sweet_home_3d(path)[0]
+    data = bytearray(path.read_bytes())
+    start = data.index(b"chairs/chair.obj") + len("chairs/chair.obj")
+    data[start : start + 20] = bytes(20)
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="cannot unpack chairs/chair.obj"):
+        extract(source, tmp_path / "out")
+
+
+def test_names_lose_brands_and_numbers():
+    assert clean_name("Yamaha YZR R6") == "racing motorcycle"
+    assert clean_name("VW Polo") == "polo" and clean_name("Sony X200", "Office") == "piece of office furniture"
+    assert clean_name("Chair 03") == "chair"
+    assert clean_name("Double window 3 panes") == "double window with three panes"
+    assert clean_name("!!!", "Vehicles") == "vehicle"
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [
+        ("armchair", "an armchair"),
+        ("urinal", "a urinal"),
+        ("umbrella", "an umbrella"),
+        ("upright piano", "an upright piano"),
+        ("hourglass", "an hourglass"),
+        ("suv", "an suv"),
+        ("scissors", "scissors"),
+        ("glass", "a glass"),
+        ("cactus", "a cactus"),
+        ("bowl with fruits", "a bowl with fruits"),
+        ("milk", "milk"),
+    ],
+)
+def test_articles(noun, expected):
+    assert with_article(noun) == expected
+
+
+def test_captions_go_from_plain_to_placed():
+    assert captions("Corner sofa", "Living room", ["Couch"])[:4] == [
+        "corner sofa",
+        "a corner sofa",
+        "a 3d model of a corner sofa",
+        "a corner sofa for the living room",
+    ]
+    assert "a pine tree under snow" in captions("Pine under snow", "Exterior", ["Tree"])
+    assert "a toy biplane" in captions("Biplane", "Bedroom", ["Toy"])
+    assert not any("kitchen" in caption for caption in captions("Steak", "Kitchen", ["Food"]))
+    for caption in captions("Apple iPhone", "Office", ["iPhone"]):
+        assert "apple" not in caption and "iphone" not in caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "colour", "expected"),
+    [
+        ("armchair", "red", "red armchair"),
+        ("an armchair", "red", "a red armchair"),
+        ("a lamp", "orange", "an orange lamp"),
+        ("a 3d model of an armchair", "red", "a 3d model of a red armchair"),
+        ("a 3d model of scissors", "red", "a 3d model of red scissors"),
+        ("a chair with a cushion", "blue", "a blue chair with a cushion"),
+        ("a bowl of apples", "green", "a green bowl of apples"),
+        ("a black table", "red", "a black table"),
+        ("the sofa", "grey", "the grey sofa"),
+        ("a sofa", "", "a sofa"),
+    ],
+)
+def test_colours_go_before_the_noun(caption, colour, expected):
+    assert with_colour(caption, colour) == expected
+
+
+def _meshes(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(OBJ)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "list", "jsonl"])
+def test_folders_in_every_captions_format(tmp_path, kind):
+    _meshes(tmp_path, "a/chair.obj", "lamp.ply", "ignored.glb")
+    rows = [
+        {"file": "a/chair.obj", "caption": "A red  Chair."},
+        {"file": "lamp.ply", "caption": "a lamp"},
+        {"file": "a/chair.obj", "caption": "seat"},
+    ]
+    if kind == "csv":
+        text = "file,caption,creator\n" + "".join(f"{r['file']},{r['caption']},Zoe\n" for r in rows)
+    elif kind == "json":
+        text = json.dumps({"a/chair.obj": ["A red  Chair.", "seat"], "lamp.ply": "a lamp"})
+    elif kind == "list":
+        text = json.dumps(rows)
+    else:
+        text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / f"captions.{'json' if kind == 'list' else kind}").write_text(text)
+    chair, lamp = open_source(tmp_path)
+    assert (chair.id, chair.captions, chair.up) == ("a-chair", ["a red chair", "seat"], "y")
+    assert (lamp.id, lamp.captions, lamp.up) == ("lamp", ["a lamp"], "z")
+    assert chair.creator == ("Zoe" if kind == "csv" else "") and chair.library == tmp_path.name
+    assert extract(chair, tmp_path / "out") == tmp_path / "a/chair.obj"
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        folder(tmp_path / "none")
+    with pytest.raises(InputError, match="write captions.csv"):
+        folder(tmp_path)
+    _meshes(tmp_path, "data/a.obj", "outside.obj")
+    for text, message in [
+        ("name,text\n", "no captions inside"),
+        ("name,text\na.obj,x\n", "columns file,caption"),
+        ("file,caption\na.obj,\n", "entry 1 needs a file and a caption"),
+        ("file,caption\nb.obj,x\n", "b.obj is not in"),
+        ("file,caption\na.stl,x\n", "not a mesh this program reads"),
+        ("file,caption\n../outside.obj,x\n", "lies outside"),
+    ]:
+        (tmp_path / "data" / "captions.csv").write_text(text)
+        with pytest.raises(InputError, match=message):
+            folder(tmp_path / "data")
+    (tmp_path / "data" / "broken.json").write_text("{")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        open_source(tmp_path / "data" / "broken.json")
+
+
+def test_open_source_picks_by_what_the_path_is(tmp_path):
+    library(tmp_path / "b.sh3f", PROPERTIES.replace("Test", "B"))
+    library(tmp_path / "a.sh3f", PROPERTIES.replace("Test", "A"))
+    assert [s.id for s in open_source(tmp_path)] == ["a-armchair", "a-library-lamp", "b-armchair", "b-library-lamp"]
+    assert len(open_source(tmp_path / "a.sh3f")) == 2
+    with pytest.raises(InputError, match="no such source"):
+        open_source(tmp_path / "nothing")
+
+
+def test_credits_group_by_library(tmp_path):
+    table = credits(sweet_home_3d(library(tmp_path / "a.sh3f")))
+    assert table.splitlines()[2] == "| Test library | CC-BY-3.0 | 2 | Zoë Maker |"
+
+
+def _fake_package(monkeypatch, tmp_path, fill):
+    """Stands in for apt-get and dpkg: the first leaves a .deb, the second what `fill` writes into its folder."""
+
+    def run(command, cwd, **_):
+        if command[0] == "apt-get":
+            (cwd / f"{download.PACKAGE}_1_all.deb").write_text("deb")
+        else:
+            target = cwd / command[-1] / "usr" / "share"
+            target.mkdir(parents=True)
+            fill(target)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(download.subprocess, "run", run)
+
+
+def test_the_download_checks_what_it_got(tmp_path, monkeypatch):
+    _fake_package(monkeypatch, tmp_path, lambda target: library(target / "one.sh3f"))
+    found = download_sweet_home_3d(tmp_path / "cache")
+    assert [p.name for p in found.iterdir()] == ["one.sh3f"] and [p.name for p in found.parent.iterdir()] == [found.name]
+    assert len(open_source("sweet-home-3d", tmp_path / "cache")) == 2
+    # The second time nothing is run.
+    monkeypatch.setattr(download.subprocess, "run", None)
+    assert download_sweet_home_3d(tmp_path / "cache") == found
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "holds no .sh3f"), ("damaged", "is damaged")])
+def test_a_bad_package_leaves_nothing(tmp_path, monkeypatch, content, message):
+    _fake_package(monkeypatch, tmp_path, lambda target: content and (target / "one.sh3f").write_text(content))
+    with pytest.raises(WorkError, match=message):
+        download_sweet_home_3d(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_failed_download_says_how_to_do_it_by_hand(tmp_path, monkeypatch):
+    def offline(command, **_):
+        return subprocess.CompletedProcess(command, 100, "", "E: Unable to locate package\n")
+
+    monkeypatch.setattr(download.subprocess, "run", offline)
+    with pytest.raises(WorkError, match=r"Unable to locate package.*dpkg -x"):
+        download_sweet_home_3d(tmp_path / "cache")
+
+    def missing(command, **_):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(download.subprocess, "run", missing)
+    with pytest.raises(WorkError, match="apt-get is not on this system"):
+        download_sweet_home_3d(tmp_path / "cache")
