@@ -116,8 +116,8 @@ def render(options: argparse.Namespace) -> int:
         raise InputError(f"{output}: renders are PNG files; name it NAME.png")
     gaussians = formats.load(options.input)
     scene = preview.empty_scene()
-    splat_object.write(gaussians, Path(options.input).stem)
-    preview.set_up(scene, gaussians, options.size, options.samples, options.azimuth, options.elevation)
+    object = splat_object.write(gaussians, Path(options.input).stem)
+    preview.look_at(scene, object, options.size, options.samples, options.azimuth, options.elevation)
     with _quiet():
         preview.render(scene, output)
     print(f"{output}: {len(gaussians):,} Gaussians, {options.size} x {options.size} pixels")
@@ -148,7 +148,7 @@ def _make(request: Request, out: Path, files: dict[str, str], seconds: dict[str,
         scene = preview.empty_scene()
         object = splat_object.write(result.gaussians, request.prompt[:50])
         properties.store_provenance(object, result.provenance)
-        preview.set_up(scene, result.gaussians, options.size, options.samples)
+        preview.look_at(scene, object, options.size, options.samples)
     if "png" in files:
         with _timed(seconds, "render"), _quiet():
             preview.render(scene, out / files["png"])

@@ -64,9 +64,9 @@ class Provenance:
     model_hash: str  # sha256 of the model's bundle.json
     program_version: str
 
-    def as_metadata(self) -> dict[str, str]:
-        """As text, for the header of a file."""
-        return {name: str(value) for name, value in asdict(self).items()}
+    def as_metadata(self) -> dict:
+        """As the generator's files carry it."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def generate(request: Request, report: Report, cancel: threading.Event) -> list[
             num_inference_steps=one.steps,
             guidance_scale=one.guidance,
             num_samples_per_prompt=1,
-            callback=lambda step, total, *_, stage=stage: report(stage, step, total),
+            callback=lambda step, total, preview, stage=stage: report(stage, step, total, preview),
             cancel=cancel,
         )
         provenance = Provenance(

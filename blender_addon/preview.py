@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import bpy
 
 from ..generator.errors import WorkError
 from ..generator.files import replacing
 from . import render_settings, splat_object
-
-if TYPE_CHECKING:
-    from ..generator.gaussians import Gaussians
+from .splat_object import node_group
 
 # Seen a little from the right and from above: front, side and top of an object show at once.
 AZIMUTH, ELEVATION = 30.0, 20.0
@@ -40,18 +37,29 @@ def plain_world(color: tuple[float, float, float], name: str = "Plain") -> bpy.t
     return world
 
 
-def set_up(
-    scene: bpy.types.Scene, gaussians: Gaussians, size: int, samples: int, azimuth: float = AZIMUTH, elevation: float = ELEVATION
-) -> bpy.types.Object:
-    """Camera, plain background and Cycles settings for Gaussians that stand at the origin; returns the camera.
+def look_at(
+    scene: bpy.types.Scene, object: bpy.types.Object, size: int, samples: int = 16, azimuth: float = AZIMUTH, elevation: float = ELEVATION
+) -> None:
+    """A camera that sees all of a splat object, and the smoothing that belongs to its pixels.
 
     Args:
         size: image side in pixels.
-        samples: per pixel; splats are free of noise, so samples only smooth the edges.
         azimuth, elevation: where the camera stands, in degrees, as `splat_object.framing` takes them.
     """
-    camera = splat_object.camera_from(splat_object.framing(gaussians, size, azimuth, elevation), 0)
+    cameras = splat_object.framing(splat_object.read(object, world=True), size, azimuth, elevation)
+    camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(camera)
+    node_group.set_input(object, node_group.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
+    set_up(scene, camera, (size, size), samples)
+
+
+def set_up(scene: bpy.types.Scene, camera: bpy.types.Object, size: tuple[int, int], samples: int = 16) -> None:
+    """Render a camera in Cycles over plain white, with the settings that splats need.
+
+    Args:
+        size: width and height in pixels.
+        samples: per pixel; splats are free of noise, so samples only smooth the edges.
+    """
     scene.camera = camera
     scene.world = plain_world(WHITE)
     render_settings.apply(scene)
@@ -60,11 +68,10 @@ def set_up(
     scene.cycles.samples = samples
     scene.cycles.use_adaptive_sampling = False
     scene.cycles.use_denoising = False
-    scene.render.resolution_x = scene.render.resolution_y = size
+    scene.render.resolution_x, scene.render.resolution_y = size
     scene.render.resolution_percentage = 100
     scene.render.image_settings.file_format = "PNG"
     scene.render.image_settings.color_mode = "RGB"
-    return camera
 
 
 def render(scene: bpy.types.Scene, path: Path) -> None:

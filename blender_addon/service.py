@@ -35,7 +35,7 @@ def from_bundle(folder: Path) -> Any:
     """The real factory: imports the generator (and with it torch and diffusers) only now."""
     from ..generator import GaussianAtlasPipeline
 
-    return GaussianAtlasPipeline.from_pretrained(str(folder))
+    return GaussianAtlasPipeline.from_pretrained(folder, allow_download=False)
 
 
 _factory: PipelineFactory = from_bundle

@@ -103,3 +103,49 @@ def torus(extension):
         return Gaussians(*tensors)
 
     return make
+
+
+class FakePipeline:
+    """Stands in for the model: a ring whose size and colours follow prompt and seed, after `num_inference_steps` steps."""
+
+    def __init__(self, torus):
+        self.torus = torus
+        self.calls = []
+        self.before_step = lambda step: None  # a test may wait, cancel or raise here
+
+    def __call__(self, prompt, *, seed, num_inference_steps, callback, cancel, **others):
+        from types import SimpleNamespace
+
+        self.calls.append({"prompt": prompt, "seed": seed, "num_inference_steps": num_inference_steps} | others)
+        for step in range(num_inference_steps):
+            if cancel.is_set():
+                raise self.cancelled("stopped")
+            self.before_step(step)
+            callback(step + 1, num_inference_steps, lambda: [])
+        return SimpleNamespace(gaussians=[self.torus(200, seed=len(prompt) + seed)])
+
+
+@pytest.fixture
+def fake_model(bpy, extension, torus, tmp_path):
+    """A model folder that the preferences point at and the pipeline it gives: generation in milliseconds.
+
+    `fake_model.pipeline` is the pipeline, `fake_model.folder` the folder, `fake_model.loads` counts how often it was loaded.
+    """
+    from types import SimpleNamespace
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "bundle.json").write_text('{"name": "fake", "version": "1.2"}')
+    fake = SimpleNamespace(folder=folder, pipeline=FakePipeline(torus), loads=0)
+    fake.pipeline.cancelled = extension("generator.errors").Cancelled
+
+    def load(path):
+        assert path == folder.resolve()
+        fake.loads += 1
+        return fake.pipeline
+
+    extension("blender_addon.service").set_pipeline_factory(load)
+    preferences = bpy.context.preferences.addons[extension("blender_addon.extension").PACKAGE].preferences
+    preferences.model_path = str(folder)
+    yield fake
+    preferences.model_path = ""

@@ -1,0 +1,534 @@
+"""The operators and panels, with a model that answers at once."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def generate(extension):
+    return extension("blender_addon.operators.generate")
+
+
+@pytest.fixture
+def formats(extension):
+    return extension("generator.formats")
+
+
+def status(bpy):
+    return bpy.context.window_manager.gaussian_atlas
+
+
+# Generating from a script
+
+
+def test_generate_makes_a_splat_object_with_its_provenance(bpy, fake_model, extension):
+    assert bpy.ops.gaussian_atlas.generate(prompt="a red armchair", negative_prompt="wood", seed=7, steps=3, guidance=2.7) == {"FINISHED"}
+    object = bpy.context.active_object
+    assert object.name == "a red armchair" and object.select_get()
+    assert len(extension("blender_addon.splat_object").read(object)) == 200
+    (call,) = fake_model.pipeline.calls
+    assert call["prompt"] == "a red armchair" and call["negative_prompt"] == "wood"
+    assert (call["seed"], call["num_inference_steps"], call["guidance_scale"]) == (7, 3, 2.7)
+    stored = object.gaussian_atlas
+    assert (stored.prompt, stored.negative_prompt, stored.seed, stored.steps) == ("a red armchair", "wood", 7, 3)
+    assert stored.model_name == "fake" and stored.guidance == pytest.approx(2.7)
+    assert stored.model_hash == hashlib.sha256((fake_model.folder / "bundle.json").read_bytes()).hexdigest()
+    assert stored.program_version == extension("blender_addon.extension").version()
+
+
+def test_count_gives_objects_of_consecutive_seeds_side_by_side(bpy, fake_model):
+    bpy.context.scene.cursor.location = (1, 2, 3)
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", seed=2**31 - 2, steps=1, count=3)
+    objects = [o for o in bpy.context.scene.objects if o.type == "POINTCLOUD"]
+    assert [o.gaussian_atlas.seed for o in objects] == [2**31 - 2, 2**31 - 1, 0], "seeds stay within 31 bits"
+    assert np.allclose([o.location for o in objects], [(1 + 1.25 * i, 2, 3) for i in range(3)])
+    assert all(o.select_get() for o in objects)
+
+
+def test_what_is_not_given_comes_from_the_scene(bpy, fake_model):
+    settings = bpy.context.scene.gaussian_atlas
+    settings.prompt, settings.seed, settings.steps, settings.guidance = "a lamp", 11, 4, 1.5
+    bpy.ops.gaussian_atlas.generate(steps=2)
+    assert fake_model.pipeline.calls[0]["prompt"] == "a lamp"
+    assert fake_model.pipeline.calls[0]["seed"] == 11
+    assert fake_model.pipeline.calls[0]["num_inference_steps"] == 2
+
+
+def test_the_model_is_loaded_once_until_unloaded(bpy, fake_model):
+    for _ in range(2):
+        bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert fake_model.loads == 1
+    bpy.ops.gaussian_atlas.unload_model()
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert fake_model.loads == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("", "the prompt is empty"), ("  ", "the prompt is empty"), ("explode", "WorkError|not finite")]
+)
+def test_an_error_is_one_line_and_leaves_nothing(bpy, fake_model, extension, prompt, message):
+    WorkError = extension("generator.errors").WorkError
+
+    def fail(step):
+        raise WorkError("the network gave numbers that are not finite")
+
+    fake_model.pipeline.before_step = fail
+    with pytest.raises(RuntimeError, match=message) as caught:
+        bpy.ops.gaussian_atlas.generate(prompt=prompt, steps=2)
+    assert "Traceback" not in str(caught.value) and len(str(caught.value).strip().splitlines()) == 1
+    assert status(bpy).error and status(bpy).error in str(caught.value)
+    assert not bpy.data.objects and not bpy.data.pointclouds
+
+
+def test_a_missing_model_says_where_and_offers_the_preferences(bpy, fake_model):
+    (fake_model.folder / "bundle.json").unlink()
+    with pytest.raises(RuntimeError, match="bundle.json is missing; choose a model folder"):
+        bpy.ops.gaussian_atlas.generate(prompt="a chair")
+    assert status(bpy).fix_operator == "gaussian_atlas.open_preferences"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": "1"}', "\x00"])
+def test_a_damaged_model_description_is_named(bpy, fake_model, text):
+    (fake_model.folder / "bundle.json").write_text(text)
+    with pytest.raises(RuntimeError, match="bundle.json is not a readable model description"):
+        bpy.ops.gaussian_atlas.generate(prompt="a chair")
+
+
+def test_a_later_success_clears_the_error(bpy, fake_model):
+    with pytest.raises(RuntimeError):
+        bpy.ops.gaussian_atlas.generate(prompt="")
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert status(bpy).error == "" and status(bpy).fix_operator == ""
+
+
+def test_undo_takes_the_object_back(bpy, fake_model):
+    bpy.ops.ed.undo_push(message="before")
+    bpy.ops.gaussian_atlas.generate("EXEC_DEFAULT", True, prompt="a chair", steps=1)
+    assert "a chair" in bpy.data.objects
+    bpy.ops.ed.undo()
+    assert "a chair" not in bpy.data.objects
+
+
+def test_regenerate_repeats_the_active_object(bpy, fake_model):
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", negative_prompt="metal", seed=5, steps=2, guidance=1.5)
+    bpy.context.scene.gaussian_atlas.randomize_seed = True
+    assert bpy.ops.gaussian_atlas.regenerate() == {"FINISHED"}
+    first, second = fake_model.pipeline.calls
+    assert first == second
+    assert bpy.context.active_object.name == "a chair.001"
+
+
+# Generating from the user interface: Blender's event loop is played by hand
+
+
+class FakeContext(SimpleNamespace):
+    """A context with a window manager that counts timers."""
+
+
+@pytest.fixture
+def interface(bpy, generate):
+    """An operator instance driven as Blender does: interface.invoke(), interface.tick(), interface.key("ESC")."""
+    timers = []
+
+    class Manager:
+        windows = ()
+        gaussian_atlas = bpy.context.window_manager.gaussian_atlas
+
+        def event_timer_add(self, step, window):
+            timers.append(step)
+            return "timer"
+
+        def event_timer_remove(self, timer):
+            timers.pop()
+
+        def modal_handler_add(self, operator):
+            return True
+
+    real = bpy.context
+    context = FakeContext(
+        window_manager=Manager(), window=None, scene=real.scene, collection=real.collection, mode="OBJECT", view_layer=real.view_layer
+    )
+    context.preferences = real.preferences
+
+    class Stand(SimpleNamespace):
+        """Takes the operator's place: its methods, without Blender's instance behind them."""
+
+    values = {"prompt": "", "negative_prompt": "", "seed": 0, "steps": 20, "guidance": 3.5, "count": 1}
+    stand = Stand(**values, _timer=None, _job=None, messages=[])
+    stand.properties = SimpleNamespace(is_property_set=lambda name: False)
+    stand.report = lambda kind, message: stand.messages.append((next(iter(kind)), message))
+    for name in ("invoke", "modal", "cancel", "_fill_in", "_request", "_finish", "_fail", "_show", "_end"):
+        setattr(stand, name, getattr(generate.GenerateOperator, name).__get__(stand))
+
+    def event(kind):
+        return SimpleNamespace(type=kind, value="PRESS")
+
+    def until_ended(limit=30.0):
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            result = stand.modal(context, event("TIMER"))
+            if result & {"FINISHED", "CANCELLED"}:
+                return result
+            time.sleep(0.005)
+        raise AssertionError("the operator did not end")
+
+    yield SimpleNamespace(
+        operator=stand,
+        context=context,
+        timers=timers,
+        invoke=lambda: stand.invoke(context, None),
+        send=lambda kind: stand.modal(context, event(kind)),
+        until_ended=until_ended,
+    )
+    generate.cancel_running()
+    if stand._job:
+        stand._job.join(20)
+        stand._end(context)
+
+
+def test_invoke_works_in_a_thread_and_leaves_the_interface_free(bpy, fake_model, interface, generate):
+    go_on, threads = threading.Event(), []
+
+    def wait(step):
+        threads.append(threading.current_thread())
+        assert go_on.wait(30)
+
+    fake_model.pipeline.before_step = wait
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    bpy.context.scene.gaussian_atlas.steps = 4
+    assert interface.invoke() == {"RUNNING_MODAL"}
+    assert interface.timers == [0.1] and generate.running() and status(bpy).running
+    assert not bpy.ops.gaussian_atlas.generate.poll() and bpy.ops.gaussian_atlas.cancel.poll()
+    assert not bpy.ops.gaussian_atlas.unload_model.poll()
+    for kind in ("MOUSEMOVE", "LEFTMOUSE", "TIMER", "Z"):
+        assert interface.send(kind) == {"PASS_THROUGH"}
+    assert not bpy.data.pointclouds, "nothing is made while the work runs"
+    go_on.set()
+    assert interface.until_ended() == {"FINISHED"}
+    assert threads[0] is not threading.current_thread()
+    assert bpy.data.objects["a chair"].gaussian_atlas.seed == 0
+    assert interface.timers == [] and not generate.running() and not status(bpy).running
+    assert interface.operator.messages[-1][0] == "INFO"
+
+
+@pytest.mark.parametrize("how", ["ESC", "button", "file"])
+def test_cancel_within_a_step_leaves_nothing(bpy, fake_model, interface, generate, how):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait(step):
+        reached.set()
+        assert go_on.wait(30)
+
+    fake_model.pipeline.before_step = wait
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    interface.invoke()
+    assert reached.wait(30)
+    if how == "ESC":
+        assert interface.send("ESC") == {"RUNNING_MODAL"}, "the key is used up"
+    elif how == "button":
+        bpy.ops.gaussian_atlas.cancel()
+    else:
+        interface.operator.cancel(interface.context)  # what Blender calls when another file is opened
+    go_on.set()
+    if how == "file":
+        interface.operator._job.join(30)
+        interface.operator._job.poll()
+    else:
+        interface.send("TIMER")
+        assert status(bpy).stage in ("Cancelling", "")
+        assert interface.operator._job.ended or interface.until_ended() == {"CANCELLED"}
+    assert interface.operator._job.state.value == "cancelled"
+    assert not bpy.data.pointclouds and not generate.running() and not status(bpy).running and interface.timers == []
+    assert status(bpy).error == "", "to cancel is no error"
+
+
+def test_progress_is_shown(bpy, fake_model, interface):
+    gate = threading.Semaphore(0)
+    fake_model.pipeline.before_step = lambda step: gate.acquire(timeout=30)
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    bpy.context.scene.gaussian_atlas.steps = 4
+    interface.invoke()
+    for done in (0.0, 0.25, 0.5, 0.75):
+        end = time.monotonic() + 30
+        while (status(bpy).stage, status(bpy).fraction) != ("Sampling", done) and time.monotonic() < end:
+            interface.send("TIMER")
+            time.sleep(0.005)
+        assert (status(bpy).stage, status(bpy).fraction) == ("Sampling", done)
+        gate.release()
+    assert interface.until_ended() == {"FINISHED"}
+    assert (status(bpy).stage, status(bpy).fraction) == ("", 0.0)
+
+
+def test_an_error_in_the_thread_reaches_the_panel_with_its_fix(bpy, fake_model, interface, generate):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def fail(step):
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    fake_model.pipeline.before_step = fail
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    interface.invoke()
+    assert interface.until_ended() == {"CANCELLED"}
+    assert interface.operator.messages[-1][0] == "ERROR" and "not enough memory" in interface.operator.messages[-1][1]
+    assert status(bpy).fix_operator == "gaussian_atlas.unload_model" and not generate.running()
+
+
+def test_bad_settings_are_told_before_any_thread_starts(bpy, fake_model, interface, generate):
+    assert interface.invoke() == {"CANCELLED"}
+    assert "prompt is empty" in status(bpy).error and interface.timers == [] and not generate.running()
+
+
+def test_randomize_draws_a_new_seed_and_shows_it(bpy, fake_model, interface):
+    settings = bpy.context.scene.gaussian_atlas
+    settings.prompt, settings.randomize_seed, settings.steps = "a chair", True, 1
+    settings.seed = 0
+    interface.invoke()
+    interface.until_ended()
+    assert fake_model.pipeline.calls[0]["seed"] == settings.seed != 0
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".splat", ".spz"])
+def test_export_and_import(bpy, extension, torus, tmp_path, suffix, formats):
+    splat_object = extension("blender_addon.splat_object")
+    gaussians = torus(300)
+    bpy.context.view_layer.objects.active = splat_object.write(gaussians, "ring")
+    path = tmp_path / f"ring{suffix}"
+    assert bpy.ops.gaussian_atlas.export_splats(filepath=str(path)) == {"FINISHED"}
+    assert bpy.ops.gaussian_atlas.import_splats(filepath=str(path)) == {"FINISHED"}
+    object = bpy.context.active_object
+    assert object.name == "ring.001" and object.gaussian_atlas.file == str(path)
+    atol = {".ply": 1e-5, ".splat": 0.02, ".spz": 0.02}[suffix]
+    again = splat_object.read(object)
+    if suffix == ".splat":  # sorted by visibility
+        order = [np.lexsort(np.round(g.means.numpy(), 4).T) for g in (gaussians, again)]
+    else:
+        order = [slice(None)] * 2
+    for name in ("means", "scales", "opacities", "colors"):
+        assert np.allclose(getattr(gaussians, name)[order[0]], getattr(again, name)[order[1]], atol=atol), name
+
+
+def test_provenance_travels_in_the_file(bpy, fake_model, tmp_path, formats):
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", negative_prompt="metal", seed=5, steps=2, guidance=1.7)
+    path = str(tmp_path / "chair.ply")
+    bpy.ops.gaussian_atlas.export_splats(filepath=path)
+    assert formats.load_metadata(path)["prompt"] == "a chair"
+    bpy.ops.gaussian_atlas.import_splats(filepath=path)
+    assert bpy.context.active_object.name == "chair"
+    bpy.ops.gaussian_atlas.regenerate()
+    first, second = fake_model.pipeline.calls
+    assert first == second
+
+
+def test_apply_transform_writes_where_the_object_stands(bpy, extension, torus, tmp_path, formats):
+    gaussians = torus(50)
+    object = extension("blender_addon.splat_object").write(gaussians)
+    object.location.x = 5
+    bpy.context.view_layer.objects.active = object
+    bpy.context.view_layer.update()
+    for apply, offset in ((False, 0), (True, 5)):
+        path = str(tmp_path / "ring.ply")
+        bpy.ops.gaussian_atlas.export_splats(filepath=path, apply_transform=apply)
+        assert np.allclose(formats.load(path).means[:, 0], gaussians.means[:, 0] + offset, atol=1e-5)
+
+
+def test_up_axis_turns_the_object_and_not_its_data(bpy, extension, torus, tmp_path, formats):
+    gaussians = torus(50)
+    formats.save(gaussians, tmp_path / "ring.ply")
+    ups = {}
+    for axis in ("Z", "-Y", "Y"):
+        bpy.ops.gaussian_atlas.import_splats(filepath=str(tmp_path / "ring.ply"), up_axis=axis)
+        bpy.context.view_layer.update()
+        ups[axis] = np.array(bpy.context.active_object.matrix_world)[:3, :3]
+        assert np.allclose(extension("blender_addon.splat_object").read(bpy.context.active_object).means, gaussians.means, atol=1e-6)
+    assert np.allclose(ups["Z"] @ [0, 0, 1], [0, 0, 1])
+    assert np.allclose(ups["Y"] @ [0, 1, 0], [0, 0, 1], atol=1e-6)
+    assert np.allclose(ups["-Y"] @ [0, -1, 0], [0, 0, 1], atol=1e-6)
+
+
+def test_bad_files_are_one_clear_line(bpy, torus, tmp_path, extension):
+    (tmp_path / "text.ply").write_text("no splats here")
+    for path, message in (
+        (tmp_path / "missing.ply", "does not exist"),
+        (tmp_path / "text.ply", "text.ply"),
+        (tmp_path / "mesh.obj", "splat files end in"),
+    ):
+        with pytest.raises(RuntimeError, match=message) as caught:
+            bpy.ops.gaussian_atlas.import_splats(filepath=str(path))
+        assert len(str(caught.value).strip().splitlines()) == 1
+    assert not bpy.data.objects
+    bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(torus(5))
+    with pytest.raises(RuntimeError, match="folder .* does not exist"):
+        bpy.ops.gaussian_atlas.export_splats(filepath=str(tmp_path / "nowhere" / "ring.ply"))
+
+
+def test_only_splat_objects_can_be_exported(bpy, tmp_path):
+    assert not bpy.ops.gaussian_atlas.export_splats.poll()
+
+
+# Render settings
+
+
+def test_render_settings_are_set_said_and_put_back(bpy, extension):
+    scene = bpy.context.scene
+    settings = extension("blender_addon.render_settings")
+    before = (scene.view_settings.view_transform, scene.cycles.transparent_max_bounces, scene.cycles.min_transparent_bounces)
+    assert {c.path for c in settings.changes(scene)} == {
+        "view_settings.view_transform",
+        "cycles.transparent_max_bounces",
+        "cycles.min_transparent_bounces",
+    }
+    bpy.ops.gaussian_atlas.render_settings()
+    assert scene.view_settings.view_transform == "Standard"
+    assert scene.cycles.transparent_max_bounces >= 256 and scene.cycles.min_transparent_bounces >= 256
+    assert settings.changes(scene) == []
+    bpy.ops.gaussian_atlas.render_settings()  # a second time must not forget the first values
+    bpy.ops.gaussian_atlas.render_settings(restore=True)
+    assert (scene.view_settings.view_transform, scene.cycles.transparent_max_bounces, scene.cycles.min_transparent_bounces) == before
+    assert settings.stored_values(scene) == {}
+
+
+def test_settings_that_already_fit_are_left_alone(bpy, extension):
+    scene = bpy.context.scene
+    scene.view_settings.view_transform = "Raw"
+    scene.cycles.transparent_max_bounces = 1000
+    bpy.ops.gaussian_atlas.render_settings()
+    assert scene.view_settings.view_transform == "Raw" and scene.cycles.transparent_max_bounces == 1000
+
+
+def test_generating_changes_no_render_setting(bpy, fake_model, extension):
+    before = extension("blender_addon.render_settings").changes(bpy.context.scene)
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert extension("blender_addon.render_settings").changes(bpy.context.scene) == before != []
+
+
+# The panels
+
+
+class Layout:
+    """Records what a panel draws; refuses properties and operators that do not exist, as Blender's layout does."""
+
+    def __init__(self, bpy, drawn=None):
+        self.bpy, self.drawn = bpy, [] if drawn is None else drawn
+
+    def _nested(self, **options):
+        return Layout(self.bpy, self.drawn)
+
+    row = column = box = _nested
+
+    def label(self, text="", icon="NONE"):
+        assert icon in self.bpy.types.UILayout.bl_rna.functions["label"].parameters["icon"].enum_items
+        self.drawn.append(("label", text))
+
+    def prop(self, data, name, text=None, icon="NONE", placeholder=""):
+        if name.startswith('["'):
+            assert name[2:-2] in data.keys(), name
+        else:
+            assert name in data.bl_rna.properties, name
+        self.drawn.append(("prop", name))
+
+    def progress(self, text="", factor=0.0):
+        self.drawn.append(("progress", (text, round(factor, 3))))
+
+    def operator(self, idname, text="", icon="NONE"):
+        group, _, name = idname.partition(".")
+        assert name in dir(getattr(self.bpy.ops, group)), idname
+        self.drawn.append(("operator", idname))
+        return SimpleNamespace()
+
+
+def draw(bpy, extension, panel):
+    layout = Layout(bpy)
+    context = SimpleNamespace(
+        scene=bpy.context.scene,
+        window_manager=bpy.context.window_manager,
+        active_object=bpy.context.active_object,
+        preferences=bpy.context.preferences,
+        region=None,
+    )
+    cls = getattr(extension("blender_addon.panels"), panel)
+    if hasattr(cls, "poll") and not cls.poll(context):
+        return None
+    cls.draw(SimpleNamespace(layout=layout), context)
+    return layout.drawn
+
+
+def test_generate_panel(bpy, extension, fake_model):
+    drawn = draw(bpy, extension, "GeneratePanel")
+    assert ("operator", "gaussian_atlas.generate") in drawn and ("prop", "prompt") in drawn
+    assert ("operator", "gaussian_atlas.cancel") not in drawn
+    status(bpy).running, status(bpy).stage, status(bpy).fraction = True, "Sampling", 0.25
+    drawn = draw(bpy, extension, "GeneratePanel")
+    status(bpy).running = False
+    assert ("progress", ("Sampling", 0.25)) in drawn and ("operator", "gaussian_atlas.cancel") in drawn
+    assert ("operator", "gaussian_atlas.generate") not in drawn
+
+
+def test_error_is_drawn_with_its_fix(bpy, extension, fake_model):
+    (fake_model.folder / "bundle.json").unlink()
+    with pytest.raises(RuntimeError):
+        bpy.ops.gaussian_atlas.generate(prompt="a chair")
+    drawn = draw(bpy, extension, "GeneratePanel")
+    assert "bundle.json is missing" in " ".join(text for kind, text in drawn if kind == "label")
+    assert ("operator", "gaussian_atlas.open_preferences") in drawn
+
+
+def test_object_panel_shows_where_an_object_came_from(bpy, extension, fake_model, torus):
+    assert draw(bpy, extension, "ObjectPanel") is None
+    bpy.ops.gaussian_atlas.generate(prompt="a red armchair", seed=9, steps=2)
+    drawn = draw(bpy, extension, "ObjectPanel")
+    text = " ".join(text for kind, text in drawn if kind == "label")
+    assert "a red armchair" in text and "Seed 9, 2 steps" in text and "200 Gaussians" in text and "fake" in text
+    assert ("operator", "gaussian_atlas.regenerate") in drawn
+    bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(torus(5))
+    drawn = draw(bpy, extension, "ObjectPanel")
+    assert ("operator", "gaussian_atlas.regenerate") not in drawn and ("operator", "gaussian_atlas.export_splats") in drawn
+
+
+def test_render_panel_names_every_change(bpy, extension):
+    text = " ".join(text for kind, text in draw(bpy, extension, "RenderPanel") if kind == "label")
+    assert "View transform: AgX to Standard" in text and "Transparent bounces: 8 to 256" in text
+    bpy.ops.gaussian_atlas.render_settings()
+    drawn = draw(bpy, extension, "RenderPanel")
+    assert ("label", "The settings fit splats") in drawn and ("operator", "gaussian_atlas.render_settings") in drawn
+
+
+def test_model_panel_and_preferences(bpy, extension, fake_model):
+    drawn = draw(bpy, extension, "ModelPanel")
+    assert ("label", "fake 1.2") in drawn and ("operator", "gaussian_atlas.unload_model") not in drawn
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert ("operator", "gaussian_atlas.unload_model") in draw(bpy, extension, "ModelPanel")
+    layout = Layout(bpy)
+    preferences = bpy.context.preferences.addons[extension("blender_addon.extension").PACKAGE].preferences
+    stand = SimpleNamespace(layout=layout, model_path=preferences.model_path, bl_rna=preferences.bl_rna)
+    extension("blender_addon.preferences").GaussianAtlasPreferences.draw(stand, bpy.context)
+    assert ("label", "fake 1.2") in layout.drawn
+
+
+# The extension as a whole
+
+
+def test_disable_and_enable_again(bpy, extension):
+    import addon_utils
+
+    module = "bl_ext.user_default.gaussian_atlas"
+    addon_utils.disable(module)
+    assert not hasattr(bpy.types.Scene, "gaussian_atlas") and "generate" not in dir(bpy.ops.gaussian_atlas)
+    addon_utils.enable(module, default_set=True)
+    assert hasattr(bpy.types.Scene, "gaussian_atlas") and "generate" in dir(bpy.ops.gaussian_atlas)
+
+
+def test_menus_offer_import_and_export(bpy, extension):
+    files = extension("blender_addon.operators.files")
+    for menu, draw_entry in ((bpy.types.TOPBAR_MT_file_import, files._draw_import), (bpy.types.TOPBAR_MT_file_export, files._draw_export)):
+        assert draw_entry in menu._dyn_ui_initialize()
