@@ -299,6 +299,7 @@ def _crash(pipe, settings, directory, threads):
     import os
     import time
 
+    pipe.send(("ready", ""))
     while True:
         try:
             source = pipe.recv()
@@ -316,9 +317,21 @@ def _crash(pipe, settings, directory, threads):
 def test_a_crash_or_a_hang_costs_one_object(tmp_path, monkeypatch):
     monkeypatch.setattr(views, "_work", _crash)
     objects = [SourceObject(id=name, name=name, path=tmp_path / "x.obj") for name in ("a", "crash", "b", "hang", "c")]
-    records = render_objects(objects, tmp_path / "out", ViewSettings(size=8), workers=1, timeout=20, progress=False)
+    records = render_objects(objects, tmp_path / "out", ViewSettings(size=8), workers=1, timeout=3, progress=False)
     assert [r["status"] for r in records] == ["ok", "failed", "ok", "failed", "ok"]
-    assert "ended with status -9" in records[1]["reason"] and "20 seconds" in records[3]["reason"]
+    assert "ended with status -9" in records[1]["reason"] and "3 seconds" in records[3]["reason"]
+
+
+def _never_starts(pipe, settings, directory, threads):
+    raise SystemExit(3)
+
+
+@needs_blender
+def test_workers_that_cannot_start_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "_work", _never_starts)
+    objects = [SourceObject(id=name, name=name, path=tmp_path / "x.obj") for name in ("a", "b")]
+    with pytest.raises(WorkError, match=r"cannot start \(status 3\)"):
+        render_objects(objects, tmp_path / "out", ViewSettings(size=8), workers=2, progress=False)
 
 
 def test_arguments_are_checked(tmp_path, monkeypatch):

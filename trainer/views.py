@@ -173,6 +173,7 @@ def render_objects(
 
     Raises:
         InputError: two objects share an id, or the folder was rendered with other settings.
+        WorkError: Blender as a module is missing, or the render processes cannot start.
     """
     settings = settings or ViewSettings()
     directory = Path(directory)
@@ -252,13 +253,16 @@ def _check_settings(directory: Path, settings: ViewSettings) -> None:
 class _Worker:
     process: multiprocessing.process.BaseProcess
     pipe: multiprocessing.connection.Connection
+    ready: bool = False  # has said that it is up
     job: SourceObject | None = None
-    since: float = 0.0
+    since: float = 0.0  # when it took the job, once ready
     done: int = 0
 
 
 # A fresh Blender after this many objects, whatever it has piled up.
 _OBJECTS_PER_PROCESS = 200
+# What a process may take to come up, on a machine that is busy with other things.
+_START_SECONDS = 300.0
 
 
 def _start(settings: ViewSettings, directory: Path, threads: int) -> _Worker:
@@ -271,10 +275,12 @@ def _start(settings: ViewSettings, directory: Path, threads: int) -> _Worker:
 
 
 def _work(pipe: multiprocessing.connection.Connection, settings: ViewSettings, directory: Path, threads: int) -> None:
-    """A worker's life: objects come in by the pipe, ("ok" | "failed", reason) goes out; a closed pipe ends it."""
+    """A worker's life: says ("ready", ""), then objects come in by the pipe and ("ok" | "failed", reason) goes out; a closed
+    pipe ends it."""
     torch.set_num_threads(1)
     # A parent that runs Blender hands on its search path; Blender's own folder of modules would hide the bpy package.
     sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "_bpy_types.py").is_file()]
+    pipe.send(("ready", ""))
     while True:
         try:
             source = pipe.recv()
@@ -347,15 +353,24 @@ def _run_workers(
 
 
 def _outcome(worker: _Worker, timeout: float) -> tuple[str, str] | None:
-    """What became of a worker's object; None while it is still at it."""
+    """What became of a worker's object; None while it is still at it.
+
+    Raises:
+        WorkError: the process ended before it took any object, which would be the fate of all of them.
+    """
     try:
         if worker.pipe.poll():
-            return worker.pipe.recv()
+            message = worker.pipe.recv()
+            if message[0] != "ready":
+                return message
+            worker.ready, worker.since = True, time.monotonic()
     except (EOFError, OSError):
         pass
     if not worker.process.is_alive():
+        if not worker.ready:
+            raise WorkError(f"the render process cannot start (status {worker.process.exitcode}): see its output above")
         return "failed", f"WorkError: the render process ended with status {worker.process.exitcode}"
-    if time.monotonic() - worker.since > timeout:
+    if time.monotonic() - worker.since > (timeout if worker.ready else max(timeout, _START_SECONDS)):
         worker.process.kill()
         worker.process.join()
         return "failed", f"WorkError: no result after {timeout:.0f} seconds"
