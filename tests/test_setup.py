@@ -88,7 +88,7 @@ def test_closure_follows_needs_extras_and_markers_and_stops_at_cycles(packages):
 
 def third_party_imports(folder: str) -> dict[str, set[str]]:
     """{distribution: files of `folder` that import it}, imports inside functions included; Blender's own modules aside."""
-    ours = {"generator", "trainer", "blender_addon", "tests", *(path.stem for path in ROOT.glob("t*s/*.py"))}
+    ours = {"generator", "trainer", "blender_addon", "tests", *(path.stem for path in ROOT.glob("*s/*.py"))}
     blenders = {"bpy", "bpy_extras", "mathutils", "addon_utils"}
     providers = metadata.packages_distributions()
     found: dict[str, set[str]] = {}
