@@ -141,10 +141,13 @@ class ExactUNet(torch.nn.Module):
 
 
 class FixedText:
-    """Encodes every prompt as ones."""
+    """Encodes every prompt as ones, and no prompt as zeros."""
 
     def encode(self, prompts):
         return SimpleNamespace(hidden=torch.ones(len(prompts), 4, 8))
+
+    def unconditional(self, count):
+        return SimpleNamespace(hidden=torch.zeros(count, 4, 8))
 
 
 def exact_pipeline(kind: str, factor: int = 2) -> GaussianAtlasPipeline:

@@ -226,8 +226,8 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.md", "*.csv"]
-        return Path(snapshot_download(text, allow_patterns=patterns, local_files_only=not allow_download))
+        pickles = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
+        return Path(snapshot_download(text, ignore_patterns=pickles, local_files_only=not allow_download))
     except LocalEntryNotFoundError as error:
         reason = "the hub could not be reached" if allow_download else "it has not been downloaded, and downloads are not allowed here"
         raise InputError(f"the model {text} is not a folder here, and {reason}") from error

@@ -122,7 +122,7 @@ class GaussianAtlasPipeline:
         return pipeline
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
-        """Write the pipeline as a bundle; its weights keep the narrower of their dtype and float16."""
+        """Write the pipeline as a bundle, its weights as float16; raises what `save_bundle` raises."""
         config = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
         info = {key: value for key, value in self.info.items() if key not in ("format", "atlas", "files")}
         return save_bundle(directory, self.unet, config, self.text_encoder, self.layout, self.normalization, self.channels, info)
@@ -211,7 +211,7 @@ class GaussianAtlasPipeline:
         if negative_prompt and negative_prompt.strip():
             negative = self.text_encoder.encode([negative_prompt]).hidden
         else:
-            negative = torch.zeros_like(hidden[:1])
+            negative = self.text_encoder.unconditional(1).hidden
         to = {"device": self.unet.device, "dtype": self.unet.dtype}
         return positive.to(**to), negative.to(**to)
 
