@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
 def generate(options: argparse.Namespace) -> int:
     """The `generate` command."""
     model = Path(options.model) if options.model else _preferred_model()
-    info = service.describe(model)
     prompts = _read_prompts(Path(options.prompts)) if options.prompts is not None else [options.prompt]
     requests = [one for prompt in prompts for one in _request(prompt, model, options).each()]
+    info = service.describe(model)
     out = _output_folder(Path(options.out))
     # Many prompts are continued by default; a single one was asked for now.
     resume = options.resume if options.resume is not None else options.prompts is not None
