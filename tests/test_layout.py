@@ -69,7 +69,7 @@ def test_stored_layout_is_what_compute_layout_makes(projection):
     centres = cell_centres(32)
 
     def cost(layout):
-        return (project(layout.sphere, 32, projection) - centres[layout.cell_of_point]).square().sum(1).mean()
+        return (project(layout.sphere, 32, projection) - centres[layout.cell_of_point]).square().sum(1).mean().item()
 
     assert cost(stored) == pytest.approx(cost(made), rel=1e-6)
 

@@ -24,7 +24,7 @@ QUALITIES = ("fast", "high", "exact")
 
 _CLUSTER = 8  # points per cluster of the coarse start
 _MAX_CLUSTERS = 1024  # the assignment between clusters is dense and cubic
-_BLOCKS = {"fast": (256, 6), "high": (512, 16)}  # points per block that a sweep solves exactly, sweeps
+_BLOCKS = {"fast": (128, 6), "high": (128, 16)}  # points per block that a sweep solves exactly, sweeps
 _NEIGHBOURS = 16  # targets around each target that 2-opt tries
 _DUAL_NEIGHBOURS = 8  # targets around each target that its potential is fitted to
 _TIGHT = 1e-10  # standardised units; a pair whose reduced cost is larger is taken apart by the exact solver
@@ -72,11 +72,12 @@ def assign(points: np.ndarray, targets: np.ndarray, quality: str = "fast", seed:
 
     block, sweeps = _BLOCKS["high" if quality == "high" else "fast"]
     indices = _improved(points, targets, _coarse_to_fine(points, targets), block, sweeps, np.random.default_rng(seed))
-    potentials = _potentials(points, targets, indices)
+    target_duals = _potentials(points, targets, indices)
     if quality == "exact":
-        _shortest_augmenting_paths(points, targets, indices, potentials)
+        point_duals = _point_potentials(points, targets, target_duals)
+        _shortest_augmenting_paths(points, targets, indices, point_duals, target_duals)
+    bound = _point_potentials(points, targets, target_duals).sum() + target_duals.sum()
     value = -np.einsum("nd,nd->", points, targets[indices])
-    bound = _dual_value(points, targets, potentials)
     constant = offset @ offset + point_scale**2 * (points**2).sum(1).mean() + target_scale**2 * (targets**2).sum(1).mean()
     factor = 2 * point_scale * target_scale / len(points)
     cost = max(0.0, float(constant + factor * value))
@@ -222,45 +223,33 @@ def _potentials(points: np.ndarray, targets: np.ndarray, indices: np.ndarray) ->
     return cg(system, flow, rtol=1e-4, maxiter=500)[0]
 
 
-@njit(cache=True)
-def _dual_value(points, targets, potentials):  # pragma: no cover - compiled
-    """Sum of u and v where u_i = min_k (c(i, k) - v_k) makes v feasible against every target."""
-    count, dim = points.shape
-    total = 0.0
-    for i in range(count):
-        best = np.inf
-        for k in range(count):
-            reduced = -potentials[k]
-            for d in range(dim):
-                reduced -= points[i, d] * targets[k, d]
-            if reduced < best:
-                best = reduced
-        total += best + potentials[i]
-    return total
+def _point_potentials(points: np.ndarray, targets: np.ndarray, potentials: np.ndarray) -> np.ndarray:
+    """The largest u [N] with u_i + v_k <= -p_i.t_k for every pair: a nearest-neighbour search.
+
+    -p.t_k - v_k is, up to what does not depend on k, half the squared distance from (p, 0) to t_k lifted by the height h_k
+    with h_k^2 = const - |t_k|^2 - 2 v_k (the power diagram of the targets), so no matrix of costs is needed.
+    """
+    heights = -(targets**2).sum(1) - 2 * potentials
+    lifted = np.column_stack([targets, np.sqrt(np.maximum(heights - heights.min(), 0))])
+    best = cKDTree(lifted).query(np.column_stack([points, np.zeros(len(points))]))[1]
+    return -(points * targets[best]).sum(1) - potentials[best]
 
 
 @njit(cache=True)
-def _shortest_augmenting_paths(points, targets, indices, potentials):  # pragma: no cover - compiled
+def _shortest_augmenting_paths(points, targets, indices, duals, potentials):  # pragma: no cover - compiled
     """Make an assignment optimal, and the potentials prove it (Jonker and Volgenant 1987, with dense Dijkstra).
 
     Pairs that are not tight under the potentials are taken apart, and each free point finds the cheapest chain of
-    reassignments to a free target. Costs are recomputed, not stored. Both arrays are changed in place.
+    reassignments to a free target. Costs are recomputed, not stored. `indices`, `duals` (of the points) and `potentials`
+    (of the targets) are changed in place.
     """
     count, dim = points.shape
     owner = np.full(count, -1, np.int64)
-    duals = np.empty(count)  # of the points
     for i in range(count):
-        best = np.inf
-        own = 0.0
-        for k in range(count):
-            reduced = -potentials[k]
-            for d in range(dim):
-                reduced -= points[i, d] * targets[k, d]
-            best = min(best, reduced)
-            if k == indices[i]:
-                own = reduced
-        duals[i] = best
-        if own > best + _TIGHT:
+        reduced = -duals[i] - potentials[indices[i]]
+        for d in range(dim):
+            reduced -= points[i, d] * targets[indices[i], d]
+        if reduced > _TIGHT:
             indices[i] = -1
         else:
             owner[indices[i]] = i
