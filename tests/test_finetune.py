@@ -42,6 +42,7 @@ def test_schedule_is_shifted_and_ends_in_pure_noise():
 def test_the_solver_samples_what_the_schedule_trained():
     solver = DPMSolverMultistepScheduler.from_config(scheduler_config("v_prediction", 3.0, True))
     expected = alphas_cumprod(shift=3.0).float()
+    assert all(beta > 0 for beta in solver.config.trained_betas) and (solver.alphas_cumprod.diff() < 0).all()
     torch.testing.assert_close(solver.alphas_cumprod[:-1], expected[:-1], atol=1e-5, rtol=1e-3)
     solver.set_timesteps(10)
     assert solver.timesteps[0] == 999, "sampling must begin at the noise that training ended with"

@@ -13,9 +13,7 @@ from generator.gaussians import Gaussians, quaternions_to_matrices
 from .transport import assign
 
 
-def to_atlas(
-    gaussians: Gaussians, layout: AtlasLayout, quality: str = "fast", seed: int = 0, spec: ChannelSpec | None = None
-) -> Atlas:
+def to_atlas(gaussians: Gaussians, layout: AtlasLayout, quality: str = "fast", seed: int = 0, spec: ChannelSpec | None = None) -> Atlas:
     """Store an object's Gaussians in the cells of the layout, neighbours in space beside each other.
 
     The centres are assigned to the points of the unit sphere at the least squared distance (Gaussian Atlas, section
@@ -29,8 +27,6 @@ def to_atlas(
     Raises:
         InputError: no Gaussians, or a number that is not finite.
     """
-    if not bool(gaussians.finite().all()):
-        raise InputError(f"{int((~gaussians.finite()).sum())} Gaussians contain NaN or infinity; keep those of Gaussians.finite()")
     gaussians = resize(gaussians, layout.count)
     assignment = assign(gaussians.means.detach().cpu().numpy(), layout.sphere.numpy(), quality, seed)
     return pack(gaussians[order_by_cell(torch.from_numpy(assignment.indices), layout)], layout, spec)
@@ -65,10 +61,12 @@ def resize(gaussians: Gaussians, count: int) -> Gaussians:
     their longest axis until there are enough: every cell of an atlas then holds something that is seen.
 
     Raises:
-        InputError: there are no Gaussians.
+        InputError: there are no Gaussians, a number is not finite, or count is not positive.
     """
     if len(gaussians) == 0:
         raise InputError("there are no Gaussians; at least one is needed")
+    if not bool(gaussians.finite().all()):
+        raise InputError(f"{int((~gaussians.finite()).sum())} Gaussians contain NaN or infinity; keep those of Gaussians.finite()")
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
     if len(gaussians) > count:

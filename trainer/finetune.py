@@ -78,6 +78,9 @@ class TrainingData:
     def __post_init__(self) -> None:
         if not len(self.atlases):
             raise InputError("there are no atlases to train on: run `python -m trainer atlas` first")
+        silent = [identifier for identifier, rows in zip(self.ids, self.captions, strict=True) if not rows]
+        if silent:
+            raise InputError(f"{silent[0]} has no caption: give every object at least one")
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices of training and validation objects; an object's side depends on its id alone."""

@@ -26,12 +26,12 @@ def alphas_cumprod(steps: int = 1000, shift: float = 1.0, zero_terminal_snr: boo
 def scheduler_config(prediction_type: str, shift: float, zero_terminal_snr: bool) -> dict:
     """Configuration of DPMSolverMultistepScheduler that samples what this schedule trained (DPM-Solver++, Lu et al. 2022)."""
     alphas = alphas_cumprod(shift=shift, zero_terminal_snr=zero_terminal_snr)
-    # The solver takes logarithms of the last signal rate: diffusers' own floor for zero terminal SNR.
-    alphas[-1] = alphas[-1].clamp_min(2.0**-24)
+    # The solver takes the logarithm of the last signal rate, so it must not be zero, nor above the one before.
+    alphas[-1] = max(alphas[-1], min(2.0**-24, alphas[-2] / 4))
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
     return {
         "num_train_timesteps": len(alphas),
-        "trained_betas": [round(beta, 12) for beta in betas.tolist()],
+        "trained_betas": betas.tolist(),
         "prediction_type": prediction_type,
         "algorithm_type": "dpmsolver++",
         "solver_order": 2,

@@ -117,8 +117,10 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
     # Which colours an object gets depends on its id alone, so that a larger set repeats a smaller one.
     random.Random(identifier).shuffle(others)
     for target in others[: preset.recolour]:
-        painted = pack_atlas(captions.recolour(gaussians, colour, target), layout)
         named = [text for text in dict.fromkeys(with_colour(caption, target) for caption in plain) if target in text]
+        if not named:  # the name itself holds a colour: "black table"
+            continue
+        painted = pack_atlas(captions.recolour(gaussians, colour, target), layout)
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 
 
