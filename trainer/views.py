@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from generator.errors import InputError, WorkError
-from generator.render.cameras import Cameras
+from generator.render.cameras import RADIUS, Cameras
 
 from .sources import SourceObject, extract
 
@@ -46,7 +46,7 @@ class ViewSettings:
         """The cameras, and [V] which split each belongs to ("train" or "held_out")."""
         sets = [Cameras.around(self.train, self.size)]
         if self.held_out:
-            sets.append(Cameras.orbit(self.held_out, self.size))
+            sets.append(Cameras.orbit(self.held_out, self.size, radius=RADIUS))
         viewmats, Ks = torch.cat([s.viewmats for s in sets]), torch.cat([s.Ks for s in sets])
         split = np.array(["train"] * self.train + ["held_out"] * self.held_out)
         return Cameras(viewmats, Ks, self.size, self.size), split

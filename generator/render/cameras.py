@@ -13,6 +13,8 @@ from ..errors import InputError
 # G-Objaverse's field of view, from a little further off so that a unit box stays in the frame from most sides.
 FOV_DEGREES = 39.6
 RADIUS = 1.9
+# To look at an object, further off: no corner of a unit box leaves the frame.
+ORBIT_RADIUS = 2.5
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Cameras:
 
     @staticmethod
     def orbit(
-        count: int = 8, size: int = 256, elevation: float = 20.0, radius: float = RADIUS, fov: float = FOV_DEGREES, start: float = 30.0
+        count: int = 8, size: int = 256, elevation: float = 20.0, radius: float = ORBIT_RADIUS, fov: float = FOV_DEGREES, start: float = 30.0
     ) -> Cameras:
         """A ring of cameras round the Z axis; angles in degrees, azimuth 0 is the object's front (-Y)."""
         azimuths = torch.deg2rad(start + 360.0 * torch.arange(count) / count)
