@@ -65,8 +65,8 @@ class Gaussians:
 
     def finite(self) -> Tensor:
         """Mask [N] of the Gaussians in which every number is finite."""
-        masks = [torch.isfinite(getattr(self, f.name)).reshape(len(self), -1).all(1) for f in fields(self)]
-        return torch.stack(masks).all(0)
+        numbers = torch.cat([getattr(self, f.name).reshape(len(self), _WIDTHS[f.name] or 1) for f in fields(self)], dim=1)
+        return torch.isfinite(numbers).all(1)
 
     def covariances(self) -> Tensor:
         """Covariance matrices [N, 3, 3] = R S S^T R^T in squared length units (Kerbl et al. 2023, eq. 6)."""

@@ -53,4 +53,4 @@ def test_selection_and_finite_mask():
     gaussians = some()
     broken = gaussians.replace(scales=gaussians.scales.index_fill(0, torch.tensor([2]), float("nan")))
     assert broken.finite().tolist() == [True, True, False, True, True]
-    assert len(broken[broken.finite()]) == 4 and len(broken[:0]) == 0
+    assert len(broken[broken.finite()]) == 4 and len(broken[:0]) == 0 and broken[:0].finite().shape == (0,)
