@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -166,7 +167,8 @@ def bare_blender(archive, tmp_path_factory):
     command = [sys.executable, "-I", "-S", "-c", "import importlib.util\n" + CHILD, str(site), str(archive), str(folder), PROMPT]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
-    return folder, json.loads((folder / "result.json").read_text())
+    yield folder, json.loads((folder / "result.json").read_text())
+    shutil.rmtree(folder / "user")  # more than a gigabyte of unpacked wheels
 
 
 def test_the_zip_installs_enables_and_generates_with_its_own_wheels(bare_blender):
