@@ -117,7 +117,7 @@ def render(options: argparse.Namespace) -> int:
     gaussians = formats.load(options.input)
     scene = preview.empty_scene()
     object = splat_object.write(gaussians, Path(options.input).stem)
-    preview.look_at(scene, object, options.size, options.samples, options.azimuth, options.elevation)
+    preview.look_at(scene, object, options.size, options.samples, options.azimuth, options.elevation, options.exact)
     with _quiet():
         preview.render(scene, output)
     print(f"{output}: {len(gaussians):,} Gaussians, {options.size} x {options.size} pixels")
@@ -148,7 +148,7 @@ def _make(request: Request, out: Path, files: dict[str, str], seconds: dict[str,
         scene = preview.empty_scene()
         object = splat_object.write(result.gaussians, request.prompt[:50])
         properties.store_provenance(object, result.provenance)
-        preview.look_at(scene, object, options.size, options.samples)
+        preview.look_at(scene, object, options.size, options.samples, exact=options.exact)
     if "png" in files:
         with _timed(seconds, "render"), _quiet():
             preview.render(scene, out / files["png"])
@@ -337,4 +337,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", type=_positive, default=512, help="image side in pixels (default: 512)")
-    command.add_argument("--samples", type=_positive, default=16, help="samples a pixel (default: 16)")
+    command.add_argument("--samples", type=_positive, default=4, help="samples a pixel; they only smooth edges (default: 4)")
+    command.add_argument(
+        "--exact", action="store_true", help="blend display values under the Raw view, as splat renderers do (default: Standard view)"
+    )

@@ -38,22 +38,33 @@ def plain_world(color: tuple[float, float, float], name: str = "Plain") -> bpy.t
 
 
 def look_at(
-    scene: bpy.types.Scene, object: bpy.types.Object, size: int, samples: int = 16, azimuth: float = AZIMUTH, elevation: float = ELEVATION
+    scene: bpy.types.Scene,
+    object: bpy.types.Object,
+    size: int,
+    samples: int = 4,
+    azimuth: float = AZIMUTH,
+    elevation: float = ELEVATION,
+    exact: bool = False,
 ) -> None:
     """A camera that sees all of a splat object, and the smoothing that belongs to its pixels.
 
     Args:
         size: image side in pixels.
         azimuth, elevation: where the camera stands, in degrees, as `splat_object.framing` takes them.
+        exact: blend display values under the Raw view, as splat renderers do. Otherwise the view is Standard and blending is
+            linear, which fits everything else in a scene and shows translucent splats a little lighter.
     """
     cameras = splat_object.framing(splat_object.read(object, world=True), size, azimuth, elevation)
     camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(camera)
     node_group.set_input(object, node_group.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
+    node_group.set_input(object, node_group.BLEND_IN_DISPLAY_SPACE, exact)
     set_up(scene, camera, (size, size), samples)
+    if exact:
+        scene.view_settings.view_transform = "Raw"
 
 
-def set_up(scene: bpy.types.Scene, camera: bpy.types.Object, size: tuple[int, int], samples: int = 16) -> None:
+def set_up(scene: bpy.types.Scene, camera: bpy.types.Object, size: tuple[int, int], samples: int = 4) -> None:
     """Render a camera in Cycles over plain white, with the settings that splats need.
 
     Args:
