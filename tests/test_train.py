@@ -47,7 +47,8 @@ def run(tmp_path_factory) -> Path:
     (meshes / "captions.csv").write_text("file,caption\nplank.obj,a plank\ntower.obj,a tower\ndice.obj,a dice\nbroken.obj,a ghost\n")
     settings = (
         "--preset tiny --include= --views.train 6 --views.held-out 1 --views.size 48 --views.samples 2 --fit.count 600 --fit.steps 15 "
-        "--minimum-psnr 5 --recolour 1 --finetune.max-steps 2 --finetune.decay-steps 0 --finetune.batch-size 2 --finetune.mixed-precision no --steps 2"
+        "--minimum-psnr 5 --recolour 1 --finetune.max-steps 2 --finetune.decay-steps 0 --finetune.batch-size 2 "
+        "--finetune.mixed-precision no --steps 2"
     ).split()
     result = trainer("train", *settings, "--sources", str(meshes), "--prompts", "a plank", "--runs", str(directory / "runs"))
     assert result.returncode == 0, result.stderr[-3000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import ot
 import pytest
 from scipy.optimize import linear_sum_assignment
 
@@ -147,3 +148,10 @@ def test_bad_input():
             assign(*arguments)
     with pytest.raises(InputError, match="fast, high, exact"):
         assign(good, good, "best")
+
+
+def test_exact_agrees_with_pots_network_simplex():
+    points, targets = table(600), sphere(600)
+    plan = ot.emd([], [], ot.dist(points, targets))
+    theirs = ((points - targets[plan.argmax(1)]) ** 2).sum(1).mean()
+    assert assign(points, targets, "exact").cost == pytest.approx(theirs, rel=1e-9)

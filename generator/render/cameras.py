@@ -80,7 +80,12 @@ class Cameras:
 
     @staticmethod
     def orbit(
-        count: int = 8, size: int = 256, elevation: float = 20.0, radius: float = ORBIT_RADIUS, fov: float = FOV_DEGREES, start: float = 30.0
+        count: int = 8,
+        size: int = 256,
+        elevation: float = 20.0,
+        radius: float = ORBIT_RADIUS,
+        fov: float = FOV_DEGREES,
+        start: float = 30.0,
     ) -> Cameras:
         """A ring of cameras round the Z axis; angles in degrees, azimuth 0 is the object's front (-Y)."""
         azimuths = torch.deg2rad(start + 360.0 * torch.arange(count) / count)
