@@ -111,7 +111,8 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
     own = [with_colour(caption, colour) for caption in plain] if colour else []
     identifier = record["id"]
     yield identifier, original, {**record, "object": identifier, "colour": colour or "", "captions": list(dict.fromkeys(plain + own))}
-    if not colour or re.search(rf"\b(?:{preset.never_recolour})\b", plain[0]):
+    keeps = preset.never_recolour and re.search(rf"\b(?:{preset.never_recolour})\b", plain[0])
+    if not colour or keeps:
         return
     others = [word for word in captions.COLOURS if word != colour]
     # Which colours an object gets depends on its id alone, so that a larger set repeats a smaller one.
