@@ -84,7 +84,8 @@ def nearest_report(
     summary = {
         "model": pipeline.name,
         "model_hash": pipeline.model_hash,
-        "training_objects": len(samples),
+        "training_objects": len({sample.record["object"] for sample in samples}),
+        "training_atlases": len(samples),
         "training_nearest_distance_median": round(between.amin(1).median().item(), 4) if len(samples) > 1 else None,
         "agreement": round(sum(record["agrees"] for record in records) / len(records), 3),
         "failed": sum(record["failed"] for record in records),
