@@ -72,7 +72,7 @@ def test_cycles_matches_on_a_generated_object(bpy, extension, tmp_path):
     if not (model / "bundle.json").exists():
         pytest.skip("the starter model is not there: make train PRESET=starter")
     pipeline = extension("generator").GaussianAtlasPipeline.from_pretrained(model, device="cpu", allow_download=False)
-    gaussians = pipeline("a red armchair", seed=0).gaussians[0]
+    gaussians = pipeline("a red armchair", seed=0, num_inference_steps=8).gaussians[0]
     cameras = module.Cameras.orbit(count=1, size=256)
     object = extension("blender_addon.splat_object").write(gaussians)
     image = render_in_blender(bpy, extension, object, cameras, tmp_path / "view.png")
