@@ -203,7 +203,15 @@ def test_dropped_rows_are_a_one_line_warning(capsys: pytest.CaptureFixture) -> N
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_interrupt_leaves_nothing(model: Path, folder: Path) -> None:
     command = [sys.executable, "-m", "generator", "a lamp", "--output", str(folder / "o.ply"), "--steps", "1000", "--model", str(model)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr.readline().startswith("loading")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
