@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from generator.atlas import Atlas, AtlasLayout
+from generator.atlas import Atlas, AtlasLayout, from_atlas
 from generator.errors import InputError
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
@@ -76,6 +77,11 @@ def test_the_bundle_generates_and_says_what_it_is(run):
     pipeline = GaussianAtlasPipeline.from_pretrained(run / "bundle")
     out = pipeline("a plank", seed=1)
     assert len(out.gaussians[0]) == 32 * 32 and out.gaussians[0].finite().all()
+    low_pass = pipeline.info["low_pass"]
+    raw = from_atlas(out.atlases[0], pipeline.layout)
+    torch.testing.assert_close(out.gaussians[0].scales ** 2, raw.scales**2 + low_pass**2)
+    focal = 48 / 2 / math.tan(math.radians(39.6) / 2)
+    assert low_pass == pytest.approx(0.3**0.5 * 1.9 / focal, rel=1e-3), "the renderer's filter of 0.3 pixels squared at 48 pixels"
     assert pipeline.info["trained_on"]["objects"] == 3 and pipeline.info["fold"] == 2
     assert "plank" in (run / "bundle" / "CREDITS.md").read_text()
 

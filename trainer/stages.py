@@ -228,6 +228,7 @@ def pack(preset: Preset, run: Path) -> None:
         "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
         "metrics": {"fit_psnr_mean": round(psnrs.mean().item(), 2), "fit_psnr_lowest": round(psnrs.min().item(), 2)},
         "fold": config.fold,
+        "low_pass": round(preset.views.low_pass, 6),
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
         "inference": {"dtype": "auto", "channels_last": True},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,6 +22,7 @@ import torch
 
 from generator.errors import InputError, WorkError
 from generator.render.cameras import RADIUS, Cameras
+from generator.render.ewa import LOW_PASS
 
 from .sources import SourceObject, extract
 
@@ -41,6 +43,12 @@ class ViewSettings:
         for name, least in (("train", 1), ("held_out", 0), ("size", 8), ("samples", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def low_pass(self) -> float:
+        """Standard deviation of the renderers' low-pass at the object's distance, in object units."""
+        cameras, _ = self.cameras()
+        return math.sqrt(LOW_PASS) * RADIUS / float(cameras.Ks[0, 0, 0])
 
     def cameras(self) -> tuple[Cameras, np.ndarray]:
         """The cameras, and [V] which split each belongs to ("train" or "held_out")."""

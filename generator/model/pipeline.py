@@ -199,7 +199,7 @@ class GaussianAtlasPipeline:
             started = time.perf_counter()
             atlases = self._decode(latents)
             output.atlases.extend(atlases)
-            output.gaussians.extend(from_atlas(atlas, self.layout) for atlas in atlases)
+            output.gaussians.extend(self._gaussians(atlas) for atlas in atlases)
             seconds["decode"] += time.perf_counter() - started
         return output
 
@@ -249,7 +249,7 @@ class GaussianAtlasPipeline:
             if report is not None:
                 # DPM-Solver++ keeps its estimate of the clean atlas.
                 clean = scheduler.model_outputs[-1]
-                report(index + 1, lambda clean=clean: [from_atlas(atlas, self.layout) for atlas in self._decode(unfold(clean, factor))])
+                report(index + 1, lambda clean=clean: [self._gaussians(atlas) for atlas in self._decode(unfold(clean, factor))])
         _stop_if(cancel)
         if not bool(torch.isfinite(latents).all()):
             raise WorkError(f"the network gave numbers that are not finite in {self.unet.dtype}; load the model with dtype=torch.float32")
@@ -258,6 +258,17 @@ class GaussianAtlasPipeline:
     def _decode(self, latents: Tensor) -> list[Atlas]:
         raw = self.normalization.denormalize(latents.float().cpu())
         return [Atlas(values.contiguous(), self.layout.id, self.channels) for values in raw]
+
+
+    def _gaussians(self, atlas: Atlas) -> Gaussians:
+        """The Gaussians of a generated atlas, each widened by the low-pass that it was learned under.
+
+        A fit sees its splats through the renderer's low-pass of 0.3 pixels squared, at the size of its views. Drawn larger, they would
+        leave gaps; with that filter as part of them they look at any size as they did at the fit's (Mip-Splatting, Yu et al. 2024).
+        """
+        gaussians = from_atlas(atlas, self.layout)
+        low_pass = float(self.info.get("low_pass", 0.0))
+        return gaussians.replace(scales=torch.sqrt(gaussians.scales**2 + low_pass**2)) if low_pass else gaussians
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
