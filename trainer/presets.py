@@ -101,7 +101,7 @@ PRESETS = {
         finetune=FinetuneConfig(
             unet=_unet((64, 128, 128), (False, False, True), size=16),
             fold=2,
-            prediction_type="v_prediction",
+            prediction_type="sample",
             shift=3.0,
             batch_size=16,
             learning_rate=6e-4,
