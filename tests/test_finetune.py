@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from generator.errors import InputError, WorkError
-from trainer.finetune import FinetuneConfig, Trainer, TrainingData, build_unet, checkpoints, with_steps
+from trainer.finetune import FinetuneConfig, Trainer, TrainingData, build_unet, checkpoints
 from trainer.schedule import alphas_cumprod, scheduler_config
 
 UNET = {
@@ -65,7 +66,7 @@ def test_both_predictions_have_the_same_loss(prediction_type):
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = Trainer(CONFIG, data(), tmp_path / "whole")
     losses = [loss for _, loss in whole.run(progress=False)]
-    first = Trainer(with_steps(CONFIG, 3), data(), tmp_path / "parts")
+    first = Trainer(replace(CONFIG, max_steps=3), data(), tmp_path / "parts")
     parts = [loss for _, loss in first.run(progress=False)]
     second = Trainer(CONFIG, data(), tmp_path / "parts")
     assert second.resume() and second.step == 3

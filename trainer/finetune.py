@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -309,12 +309,8 @@ def build_unet(config: FinetuneConfig, text_width: int):
     return widen_unet(base)
 
 
-def with_steps(config: FinetuneConfig, max_steps: int, decay_steps: int | None = None) -> FinetuneConfig:
-    """The same training, longer or shorter: the only settings that a resumed run may change."""
-    return replace(config, max_steps=max_steps, decay_steps=config.decay_steps if decay_steps is None else decay_steps)
-
-
 def _identity(config: dict) -> dict:
+    """The settings that a resumed run must share; it may be longer or shorter, and save or log at other steps."""
     free = {"max_steps", "decay_steps", "checkpoint_every", "log_every"}
     return json.loads(json.dumps({key: value for key, value in config.items() if key not in free}))
 
