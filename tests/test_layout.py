@@ -6,11 +6,11 @@ import hashlib
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from generator.atlas import PROJECTIONS, AtlasLayout
 from generator.atlas.layout import cell_centres, default_path, fibonacci_sphere, project
 from generator.errors import InputError
+from generator.tensors import load_tensors, save_tensors
 from trainer.atlas import compute_layout
 
 STORED = [(size, projection) for size in (32, 64, 128) for projection in PROJECTIONS]
@@ -94,20 +94,16 @@ def test_round_trip(tmp_path):
     assert loaded.id == layout.id and loaded.projection == "equirectangular"
     assert torch.equal(loaded.cell_of_point, layout.cell_of_point) and torch.equal(loaded.sphere, layout.sphere)
     assert [path.name for path in tmp_path.iterdir()] == ["layout.safetensors"]
-
-
-def _metadata(path):
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+    before = (tmp_path / "layout.safetensors").read_bytes()
+    loaded.save(tmp_path / "layout.safetensors")
+    assert (tmp_path / "layout.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["swap", "twice", "out_of_range", "sphere", "not_unit", "missing", "id", "projection", "size", "format"])
 def test_damaged_layouts_do_not_load(tmp_path, damage):
     path = tmp_path / "layout.safetensors"
     compute_layout(5, "equal_area").save(path)
-    tensors, metadata = load_file(path), dict(_metadata(path))
+    tensors, record = load_tensors(path)
     cells = tensors["cell_of_point"]
     if damage == "swap":
         cells[[0, 1]] = cells[[1, 0]]
@@ -122,9 +118,8 @@ def test_damaged_layouts_do_not_load(tmp_path, damage):
     elif damage == "missing":
         del tensors["sphere"]
     else:
-        metadata[damage] = {"id": "0" * 32, "projection": "mercator", "size": "x", "format": "other"}[damage]
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(tensors, path, metadata)
+        record[damage] = {"id": "0" * 32, "projection": "mercator", "size": "x", "format": "other"}[damage]
+    save_tensors(path, tensors, record)
     with pytest.raises(InputError, match="layout.safetensors"):
         AtlasLayout.load(path)
 

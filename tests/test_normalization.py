@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from generator.atlas import Normalization, NormalizationAccumulator
 from generator.errors import InputError
+from generator.tensors import load_tensors, save_tensors
 
 LAYOUT = "0123456789abcdef"
 
@@ -102,6 +102,9 @@ def test_file_round_trip(atlases, tmp_path):
         assert loaded.kind == kind and loaded.layout_id == LAYOUT
         for name in ("mean", "std", "minimum", "maximum"):
             assert torch.equal(getattr(loaded, name), getattr(result, name))
+        before = (tmp_path / "normalization.safetensors").read_bytes()
+        loaded.save(tmp_path / "normalization.safetensors")
+        assert (tmp_path / "normalization.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["normalization.safetensors"]
 
 
@@ -109,13 +112,12 @@ def test_file_round_trip(atlases, tmp_path):
 def test_damaged_files_do_not_load(atlases, tmp_path, damage):
     path = tmp_path / "normalization.safetensors"
     accumulated(atlases).result().save(path)
-    tensors = load_file(path)
-    metadata = {"format": "gaussian-atlas-normalization-1", "kind": "cell", "layout_id": LAYOUT}
+    tensors, record = load_tensors(path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     else:
-        if damage in metadata:
-            metadata[damage] = "other"
+        if damage in record:
+            record[damage] = "other"
         elif damage == "missing":
             del tensors["maximum"]
         elif damage == "zero std":
@@ -123,10 +125,10 @@ def test_damaged_files_do_not_load(atlases, tmp_path, damage):
         elif damage == "nan":
             tensors["mean"][0, 0, 0] = torch.nan
         elif damage == "shape":
-            tensors["mean"] = tensors["mean"][:, :3].contiguous()
+            tensors["mean"] = tensors["mean"][:, :3]
         elif damage == "order":
             tensors["minimum"], tensors["maximum"] = tensors["maximum"], tensors["minimum"]
-        save_file(tensors, path, metadata)
+        save_tensors(path, tensors, record)
     with pytest.raises(InputError, match="normalization.safetensors"):
         Normalization.load(path)
 

@@ -10,11 +10,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import InputError
+from ..tensors import load_tensors, save_tensors
 
 PROJECTIONS = ("equirectangular", "equal_area")
 
@@ -81,12 +80,9 @@ class AtlasLayout:
         return digest.hexdigest()[:32]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file: sphere, cell_of_point as int32, and size, projection and id as metadata."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        metadata = {"format": _FORMAT, "size": str(self.size), "projection": self.projection, "id": self.id}
-        beside.write_bytes(save({"sphere": self.sphere.contiguous(), "cell_of_point": self.cell_of_point.to(torch.int32)}, metadata))
-        os.replace(beside, path)
+        """Write a safetensors file: sphere, cell_of_point as int32, and size, projection and id as its record."""
+        record = {"format": _FORMAT, "size": self.size, "projection": self.projection, "id": self.id}
+        save_tensors(path, {"sphere": self.sphere, "cell_of_point": self.cell_of_point.to(torch.int32)}, record)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AtlasLayout:
@@ -95,21 +91,16 @@ class AtlasLayout:
         Raises:
             InputError: no such file, no layout in it, no permutation, or the contents do not match the id.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable layout file ({error})") from error
-        if metadata.get("format") != _FORMAT or not tensors.keys() >= {"sphere", "cell_of_point"}:
+        tensors, record = load_tensors(path)
+        if record.get("format") != _FORMAT or not tensors.keys() >= {"sphere", "cell_of_point"}:
             raise InputError(f"{path}: not an atlas layout of format {_FORMAT}")
         try:
-            size = int(metadata.get("size", ""))
-            layout = cls(size, metadata.get("projection", ""), tensors["sphere"], tensors["cell_of_point"].long())
-        except (ValueError, RuntimeError) as error:
+            size = int(record.get("size", ""))
+            layout = cls(size, record.get("projection", ""), tensors["sphere"], tensors["cell_of_point"].long())
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: {error}") from error
-        if layout.id != metadata.get("id"):
-            raise InputError(f"{path}: contents do not match the id {metadata.get('id')}; restore the file")
+        if layout.id != record.get("id"):
+            raise InputError(f"{path}: contents do not match the id {record.get('id')}; restore the file")
         return layout
 
     @classmethod

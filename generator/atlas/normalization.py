@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import InputError
+from ..tensors import load_tensors, save_tensors
 from .channels import CHANNELS
 
 KINDS = ("cell", "channel")
@@ -61,26 +59,18 @@ class Normalization:
         return torch.minimum(torch.maximum(raw, self.minimum.to(values)[:, None, None]), self.maximum.to(values)[:, None, None])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file with kind and layout id as metadata."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        tensors = {name: getattr(self, name).float().contiguous() for name in ("mean", "std", "minimum", "maximum")}
-        beside.write_bytes(save(tensors, {"format": _FORMAT, "kind": self.kind, "layout_id": self.layout_id}))
-        os.replace(beside, path)
+        """Write a safetensors file with kind and layout id as its record."""
+        tensors = {name: getattr(self, name).float() for name in ("mean", "std", "minimum", "maximum")}
+        save_tensors(path, tensors, {"format": _FORMAT, "kind": self.kind, "layout_id": self.layout_id})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Normalization:
         """Read what `save` wrote; raises InputError on anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable normalization file ({error})") from error
-        if metadata.get("format") != _FORMAT or tensors.keys() != {"mean", "std", "minimum", "maximum"}:
+        tensors, record = load_tensors(path)
+        if record.get("format") != _FORMAT or tensors.keys() != {"mean", "std", "minimum", "maximum"}:
             raise InputError(f"{path}: not a normalization of format {_FORMAT}")
         try:
-            return cls(**tensors, kind=metadata.get("kind", ""), layout_id=metadata.get("layout_id", ""))
+            return cls(**tensors, kind=record.get("kind", ""), layout_id=record.get("layout_id", ""))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
