@@ -1,4 +1,10 @@
-"""The trainer's command line: `python -m trainer STAGE --preset NAME`, where STAGE is one of the stages, `train` or `layout`."""
+"""The trainer's command line.
+
+python -m trainer STAGE --preset NAME       one of the stages, or `train` for all of them
+python -m trainer atlas doctor PATH...      whether atlases are fit to be trained on, as a table, JSON and a picture
+python -m trainer import-fits PATH          Gaussians that others have fitted (GaussianVerse) as the fits of a run
+python -m trainer layout --size N           compute a stored layout anew
+"""
 
 from __future__ import annotations
 
@@ -8,10 +14,11 @@ import time
 from pathlib import Path
 
 from generator.errors import InputError, WorkError
+from generator.files import check_writable, replacing
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage or all of them; 0 when done, 2 for bad usage or input, 1 when the work failed."""
+    """Run a command; 0 when done, 2 for bad usage or input, 1 when the work failed or the doctor found something sick."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _run(arguments)
@@ -27,6 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:2] == ["atlas", "doctor"]:
+        return _doctor(arguments[2:])
+    if arguments[:1] == ["import-fits"]:
+        return _import_fits(arguments[1:])
     from .presets import PRESETS
     from .stages import STAGES
 
@@ -34,7 +45,9 @@ def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         description="From objects to a model bundle, stage by stage. `train` runs every stage in order; each goes on where it stopped.",
-        epilog="`python -m trainer STAGE --preset NAME --help` lists every setting; any can be given, e.g. --finetune.max-steps 500",
+        epilog="`python -m trainer STAGE --preset NAME --help` lists every setting; any can be given, e.g. --finetune.max-steps 500. "
+        "Beside the stages: `python -m trainer atlas doctor --help`, whether atlases are fit to be trained on; "
+        "`python -m trainer import-fits --help`, Gaussians that others have fitted.",
         add_help=False,
     )
     parser.add_argument("stage", nargs="?", choices=names, metavar="STAGE", help=" | ".join(names))
@@ -84,6 +97,83 @@ def _layouts(arguments: list[str], help_wanted: bool) -> int:
     layout.save(default_path(options.size, options.projection))
     print(f"layout {layout.id}: {default_path(options.size, options.projection)}")
     return 0
+
+
+def _import_fits(arguments: list[str]) -> int:
+    """Bring the fits of others into a run."""
+    from .presets import PRESETS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer import-fits",
+        description="Bring Gaussians that others have fitted, such as GaussianVerse's, into RUNS/NAME/fits; then run the atlas stage. "
+        "Finished objects are skipped, damaged ones are named and left out.",
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a folder of CHUNK/OBJECT/point_cloud.ply, a folder of .ply, or one .ply")
+    parser.add_argument("--preset", default="starter", choices=PRESETS, help="the run that takes them (default: starter)")
+    parser.add_argument("--name", help="the run's folder in RUNS, where the stages get a --name too (default: the preset's name)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--captions", type=Path, help="CSV lines uid,caption as Cap3D has them, or JSON {CHUNK/OBJECT: caption}")
+    parser.add_argument("--up", choices="zy", default="z", help="the files' up axis: z, front to -Y, or y, front to +Z (default: z)")
+    parser.add_argument("--workers", type=int, default=2, help="objects at the same time (default: 2)")
+    options = parser.parse_args(arguments)
+
+    from .sources import gaussian_verse as source
+
+    fits = options.runs / (options.name or PRESETS[options.preset].name) / "fits"
+    objects, without = source.gaussian_verse(options.path, options.captions, options.up)
+    failures = source.import_fits(objects, fits, options.workers)
+    for line in [*without, *(f"{identifier}: {reason}" for identifier, reason in failures.items())]:
+        print(f"  {line}")
+    print(source.outlier_table(fits, [entry for entry in objects if entry.id not in failures]))
+    print(f"import-fits: {len(objects) - len(failures)} of {len(objects) + len(without)} objects in {fits}")
+    if len(failures) == len(objects):
+        raise WorkError(f"import-fits failed for every object; the first says: {next(iter(failures.values()))}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    """Examine atlases."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer atlas doctor",
+        description="Whether atlases are fit to be trained on: transport, locality, channels, dead cells, and what each stage loses.",
+        epilog="Exit status: 0 all is well, 1 some atlas must not be trained on (each reason is one line), 2 something cannot be read.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="Gaussians (.ply .splat .spz, transported first), an atlas (runs/PRESET/atlases/ID.safetensors), a shard (.tar), "
+        "or a folder of shards",
+    )
+    parser.add_argument(
+        "--layout",
+        help="a stored layout such as equirectangular_64, or a layout file (default: the one that an atlas names; for Gaussians the "
+        "largest they fill)",
+    )
+    parser.add_argument("--views", type=Path, help="views to score against: a .npz, or a folder of ID.npz (runs/PRESET/views)")
+    parser.add_argument("--picture", type=Path, metavar="F.png", help="draw the atlases: at most 8, the sick and the least local first")
+    parser.add_argument("--json", type=Path, metavar="F.json", help="write everything found as JSON")
+    options = parser.parse_args(arguments)
+    # The examination may take long: what it writes to is checked first.
+    for path in filter(None, (options.picture, options.json)):
+        check_writable(path)
+
+    from . import doctor
+
+    layout = doctor.open_layout(options.layout) if options.layout else None
+    if options.views is not None and not options.views.exists():
+        raise InputError(f"--views {options.views}: no such file or folder")
+    found = doctor.examine_paths(options.paths, layout, options.views)
+    print(doctor.text(found))
+    for line in found.unreadable:
+        print(f"trainer: error: {line}", file=sys.stderr)
+    if options.json:
+        with replacing(options.json) as partial:
+            partial.write_text(found.to_json(), encoding="utf-8")
+    if options.picture and found.pictured:
+        doctor.save_picture(doctor.picture(found.pictured), options.picture)
+    return found.status
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Pa
 
 
 def read_shards(directory: str | Path) -> Iterator[tuple[Sample, str]]:
-    """Every (sample, layout id) of a folder of shards, in order.
+    """Every (sample, layout id) of a folder of shards, or of one shard, in order.
 
     Raises:
         InputError: there are no shards, or one is damaged.
     """
-    paths = sorted(Path(directory).glob("atlases-*.tar"))
+    paths = [Path(directory)] if Path(directory).is_file() else sorted(Path(directory).glob("atlases-*.tar"))
     if not paths:
         raise InputError(f"no atlases-*.tar in {directory}: run `python -m trainer atlas` first")
     for path in paths:

@@ -1,0 +1,681 @@
+"""Is an atlas fit to be trained on? What transport, layout, channels and storage made of an object, in figures and one picture.
+
+Sphere and plane indices can be composed in many ways that all read back perfectly and only one of which keeps
+neighbours together; so the verdict comes from the stored cells alone, beside a fresh transport of the same Gaussians.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
+from scipy.spatial import cKDTree
+from torch import Tensor
+from tqdm import tqdm
+
+from generator.atlas import CHANNEL_NAMES, Atlas, AtlasLayout, from_atlas, pack
+from generator.atlas.layout import PROJECTIONS, default_path
+from generator.errors import InputError
+from generator.files import replacing
+from generator.formats import SUFFIXES, load
+from generator.gaussians import Gaussians
+from generator.render import Cameras, render
+from generator.render.cameras import RADIUS
+
+from .atlas import order_by_cell, resize, to_atlas
+from .dataset import read_shards
+from .fit.fit import held_out_psnr, psnr
+from .transport import assign
+from .views import Views, views_path
+
+NEAREST = 8  # touching cells should be among each other's so many nearest in space
+STRAY = 3.0  # object lengths from the centre; what lies further is no part of the object
+TRANSPARENT = 1 / 255  # opacity below which a renderer draws nothing
+# A wrong composition keeps at most 0.56 of the locality of a right one and 0.59 of its saving (real fits at 32, 64 and 128 cells a
+# side); a right one keeps all of both.
+_LEAST_LOCALITY = 0.8
+_LEAST_SAVING = 0.9
+_MOST_DEAD = 0.1  # share of transparent or duplicate cells that a model may learn from
+_CLIPPED = 0.02  # raw units by which reading may change a stored value; float16 stays below
+_ALIKE = 2e-3  # object units, display values: Gaussians nearer than this in everything are one and the same in float16
+_PICTURED = 8  # objects in one picture, and in full on the terminal; of more there is a summary
+
+
+# --- locality and neighbours ------------------------------------------------------------------------------------------
+
+
+def neighbour_steps(means: Tensor, size: int) -> float:
+    """Mean distance in space between cells that touch on the image; `means` [size^2, 3] are in the order of the cells."""
+    image = means.reshape(size, size, 3)
+    across, down = image[:, 1:] - image[:, :-1], image[1:] - image[:-1]
+    return float(torch.cat([across.norm(dim=2).flatten(), down.norm(dim=2).flatten()]).mean())
+
+
+def locality(means: Tensor, size: int, seed: int = 0) -> float:
+    """How much of a shuffled atlas' step between touching cells is saved: 0 for noise, towards 1 for a smooth image."""
+    shuffled = neighbour_steps(means[_shuffle(len(means), seed)], size)
+    return 1 - neighbour_steps(means, size) / shuffled if shuffled > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Shares of pairs of touching cells whose Gaussians are among each other's `NEAREST` nearest in space."""
+
+    everywhere: float  # all pairs that touch on the image
+    interior: float  # without the pole rows
+    poles: float  # pairs with a cell in the top or the bottom row
+    seam: float  # pairs of the first and the last column of a row, which touch on the sphere only
+
+
+def neighbour_preservation(means: Tensor, size: int) -> Neighbours:
+    """Of cells that touch, how many are also nearest neighbours in space; `means` [size^2, 3] in the order of the cells."""
+    nearest = min(NEAREST, len(means) - 1)
+    tree = cKDTree(means.detach().cpu().numpy())
+    near = tree.query(tree.data, k=range(2, nearest + 2))[1]
+    cells = np.arange(size * size).reshape(size, size)
+    touching = [np.stack([cells[:, :-1], cells[:, 1:]], -1), np.stack([cells[:-1], cells[1:]], -1)]
+    pairs = np.concatenate([part.reshape(-1, 2) for part in touching])
+    seam = np.stack([cells[:, -1], cells[:, 0]], -1)
+    polar = (np.isin(pairs // size, (0, size - 1))).any(1)
+
+    def share(chosen: np.ndarray) -> float:
+        return float((near[chosen[:, 0]] == chosen[:, 1:]).any(1).mean()) if len(chosen) else 0.0
+
+    return Neighbours(share(pairs), share(pairs[~polar]), share(pairs[polar]), share(seam))
+
+
+# --- transport --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What the order of the cells costs, beside what no order can beat."""
+
+    cost: float  # mean squared distance between the centres and the cells' sphere points
+    lower_bound: float  # certified by a fresh transport: no order costs less
+    gap: float  # (cost - lower_bound) / cost
+    saving: float  # share of what the best order saves over a random one: 1 for the best, 0 for a random order
+
+
+def transport_of_cells(means: Tensor, layout: AtlasLayout) -> tuple[Transport, Tensor]:
+    """What the stored order [N, 3] costs, and the order [N] of a fresh transport of the same Gaussians."""
+    points, sphere = means.detach().cpu().double(), layout.cell_sphere.double()
+    cost = float((points - sphere).square().sum(1).mean())
+    random = float(points.square().sum(1).mean() + sphere.square().sum(1).mean() - 2 * points.mean(0) @ sphere.mean(0))
+    # The result of transport may depend on the input's order a little; an order that is right already must gain nothing by that.
+    shuffle = _shuffle(len(points))
+    assignment = assign(points[shuffle].numpy(), layout.sphere.numpy())
+    bound = min(assignment.lower_bound, cost)
+    saving = (random - cost) / (random - bound) if random > bound else 1.0
+    fresh = shuffle[order_by_cell(torch.from_numpy(assignment.indices), layout)]
+    return Transport(cost, bound, (cost - bound) / cost if cost > 0 else 0.0, saving), fresh
+
+
+# --- channels and cells -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel's values, raw, over all cells."""
+
+    name: str
+    minimum: float
+    mean: float
+    maximum: float
+    std: float
+    skewness: float  # 0 where the values are constant
+    at_ends: float  # share of cells that share exactly the lowest or the highest value: where a clamp holds them
+    roughness: float  # total variation of the standardised channel over that of the same cells shuffled: 0 smooth, 1 noise
+
+
+def channel_statistics(values: Tensor) -> list[Channel]:
+    """Statistics of raw atlas values [16, size, size]; values that are not finite are left out."""
+    order = _shuffle(values[0].numel())
+    return [_channel(name, channel.double(), order) for name, channel in zip(CHANNEL_NAMES, values, strict=True)]
+
+
+def _channel(name: str, image: Tensor, order: Tensor) -> Channel:
+    finite = image[torch.isfinite(image)]
+    if not len(finite):
+        return Channel(name, *([0.0] * 7))
+    low, high, mean, std = finite.min(), finite.max(), finite.mean(), finite.std(correction=0)
+    # A deviation of rounding errors is none.
+    constant = bool(std <= 1e-6 * max(1.0, float(mean.abs())))
+    standard = torch.nan_to_num((image - mean) / (1.0 if constant else std), 0.0, 0.0, 0.0)
+    skewness = 0.0 if constant else float(((finite - mean) / std).pow(3).mean())
+    held = [int((finite == end).sum()) for end in ((low,) if constant else (low, high))]
+    shuffled = _variation(standard.flatten()[order].reshape(image.shape))
+    rough = 0.0 if constant else float(_variation(standard) / shuffled)
+    ends = sum(count for count in held if count > 1) / len(finite)
+    return Channel(name, float(low), float(mean), float(high), float(std), skewness, ends, rough)
+
+
+def _variation(image: Tensor) -> Tensor:
+    """Mean absolute difference of touching cells."""
+    return torch.cat([(image[:, 1:] - image[:, :-1]).flatten(), (image[1:] - image[:-1]).flatten()]).abs().mean()
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Numbers of cells that show nothing, or nothing of their own, or lie where no object is."""
+
+    transparent: int  # opacity below 1/255
+    points: int  # all three scales at the smallest that is stored
+    stray: int  # beyond `STRAY` object lengths from the centre, in any coordinate
+    duplicates: int  # as another cell in everything, within float16
+    clipped: int  # hold a value outside its channel's range, or copies of the opacity that differ
+    not_finite: int  # hold NaN or infinity
+
+
+def cell_defects(atlas: Atlas, layout: AtlasLayout) -> Cells:
+    """Count the cells of an atlas that a model should not learn from."""
+    gaussians = from_atlas(atlas, layout)
+    finite = torch.isfinite(atlas.values).all(0).flatten()
+    features = torch.cat(
+        [gaussians.means, gaussians.colors, gaussians.opacities[:, None], gaussians.scales.log() / 4, gaussians.quaternions], dim=1
+    )
+    twin = cKDTree(features.numpy()).query(features.numpy(), k=[2], p=np.inf, distance_upper_bound=_ALIKE)[0][:, 0]
+    # What reading changes was out of range; the axes' order is free, so scales are compared sorted, and rotations not at all.
+    again = pack(gaussians, layout, atlas.spec).values
+    change = (_comparable(atlas.values) - _comparable(again)).abs().amax(0).flatten()
+    return Cells(
+        transparent=int((gaussians.opacities < TRANSPARENT).sum()),
+        points=int((gaussians.scales.amax(1) <= atlas.spec.min_scale * 1.01).sum()),
+        stray=int((gaussians.means.abs() > STRAY).any(1).sum()),
+        duplicates=int(np.isfinite(twin).sum()),
+        clipped=int(((change > _CLIPPED) & finite).sum()),
+        not_finite=int((~finite).sum()),
+    )
+
+
+def _comparable(values: Tensor) -> Tensor:
+    return torch.cat([values[:8], values[8:11].sort(dim=0).values, values[11:12]])
+
+
+# --- what each stage loses --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How well the object shows after one stage, in dB; None where it is the reference of the others."""
+
+    name: str
+    psnr: float | None  # whole picture on white
+    psnr_foreground: float | None  # covered pixels only
+
+
+def stage_losses(stages: list[tuple[str, Gaussians]], views: Views | None) -> list[Stage]:
+    """Every stage against the held-out views; without views, against renders of the first stage from four sides."""
+    if views is not None:
+        return [Stage(name, *held_out_psnr(gaussians, views)) for name, gaussians in stages]
+    cameras = Cameras.orbit(4)
+    reference = render(stages[0][1], cameras)
+    covered = reference.alpha > 0
+    losses = [Stage(stages[0][0], None, None)]
+    for name, gaussians in stages[1:]:
+        error = (render(gaussians, cameras).rgb - reference.rgb).square()
+        losses.append(Stage(name, psnr(error.mean()), psnr(error[covered].mean()) if covered.any() else psnr(error.mean())))
+    return losses
+
+
+# --- one object -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """An atlas to examine."""
+
+    name: str
+    atlas: Atlas
+    layout: AtlasLayout | None  # None: no layout of its id is known
+    original: Gaussians | None = None  # what the atlas was made from, where that is known
+    views: Views | None = None
+
+
+@dataclass(frozen=True)
+class AtlasReport:
+    """Everything found about one atlas; what needs the layout is None where the layout is unknown or another one."""
+
+    name: str
+    size: int  # cells a side
+    projection: str | None
+    layout_id: str
+    reasons: list[str]  # why it must not be trained on, a line each; empty: healthy
+    transport: Transport | None
+    locality: float | None  # see `locality`
+    possible_locality: float | None  # the same of a fresh transport
+    neighbours: Neighbours | None
+    cells: Cells | None
+    channels: list[Channel]
+    stages: list[Stage]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.reasons
+
+
+def examine(case: Case) -> AtlasReport:
+    """Examine one atlas."""
+    atlas, layout = case.atlas, case.layout
+    report = AtlasReport(
+        name=case.name,
+        size=atlas.values.shape[1],
+        projection=None,
+        layout_id=atlas.layout_id,
+        reasons=[],
+        transport=None,
+        locality=None,
+        possible_locality=None,
+        neighbours=None,
+        cells=None,
+        channels=channel_statistics(atlas.values),
+        stages=[],
+    )
+    if layout is None:
+        reason = f"its layout {atlas.layout_id or '(none named)'} is none of the stored ones: give it with --layout, or make the atlas anew"
+        return replace(report, reasons=[reason])
+    if (layout.id, layout.size) != (atlas.layout_id, report.size):
+        made = f"made with layout {atlas.layout_id} at {report.size} cells a side"
+        return replace(report, reasons=[f"{made}, not with {layout.id} at {layout.size}: atlases of two layouts must not be mixed"])
+    gaussians = from_atlas(atlas, layout)
+    transport, fresh = transport_of_cells(gaussians.means, layout)
+    report = replace(
+        report,
+        projection=layout.projection,
+        transport=transport,
+        locality=locality(gaussians.means, layout.size),
+        possible_locality=locality(gaussians.means[fresh], layout.size),
+        neighbours=neighbour_preservation(gaussians.means, layout.size),
+        cells=cell_defects(atlas, layout),
+        stages=_stages(case, gaussians),
+    )
+    return replace(report, reasons=_reasons(report))
+
+
+def _stages(case: Case, gaussians: Gaussians) -> list[Stage]:
+    stages = []
+    if case.original is not None:
+        stages = [("fit", case.original), (f"resized to {len(gaussians)}", resize(case.original, len(gaussians)))]
+    stored = case.atlas.values.half().float()
+    stages.append(("atlas", gaussians))
+    if not torch.equal(stored, case.atlas.values):
+        stages.append(("atlas in float16", from_atlas(replace(case.atlas, values=stored), case.layout)))
+    return stage_losses(stages, case.views) if len(stages) > 1 or case.views is not None else []
+
+
+def _reasons(report: AtlasReport) -> list[str]:
+    cells, count = report.cells, report.size**2
+    reasons = []
+    if cells.not_finite:
+        reasons.append(f"{cells.not_finite} cells hold NaN or infinity")
+    if cells.clipped:
+        reasons.append(f"{cells.clipped} cells hold values outside their channels' range, or copies of the opacity that differ")
+    if report.locality < _LEAST_LOCALITY * report.possible_locality:
+        reasons.append(
+            "cells are not neighbours in space: sphere and plane indices are composed wrongly "
+            f"(locality {report.locality:.2f}, a right order has {report.possible_locality:.2f})"
+        )
+    elif report.transport.saving < _LEAST_SAVING:
+        reasons.append(
+            f"cells are not at their places on the sphere: the order saves {report.transport.saving:.0%} of what transport can "
+            "(it was made for another sphere, or the image is turned or mirrored)"
+        )
+    if cells.stray:
+        reasons.append(f"{cells.stray} cells lie beyond {STRAY:g} object lengths: drop those Gaussians and transport again")
+    for number, what in ((cells.transparent, "show nothing (opacity below 1/255)"), (cells.duplicates, "repeat another cell")):
+        if number > _MOST_DEAD * count:
+            reasons.append(f"{number} of {count} cells {what}: bring the object to {count} Gaussians with trainer.atlas.resize")
+    return reasons
+
+
+def _shuffle(count: int, seed: int = 0) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+# --- where atlases come from ------------------------------------------------------------------------------------------
+
+
+def open_layout(spec: str) -> AtlasLayout:
+    """The layout in a file, or the stored one of a name such as equirectangular_64.
+
+    Raises:
+        InputError: neither a file nor a stored layout.
+    """
+    if Path(spec).is_file():
+        return AtlasLayout.load(spec)
+    path = default_path(1, PROJECTIONS[0]).with_name(f"{spec}.safetensors")
+    if not path.is_file():
+        raise InputError(f"--layout {spec}: no such file or stored layout; stored are {', '.join(p.stem for p in _stored())}")
+    return AtlasLayout.load(path)
+
+
+def _stored() -> list[Path]:
+    return sorted(default_path(1, PROJECTIONS[0]).parent.glob("*.safetensors"))
+
+
+def _layout_of(atlas: Atlas) -> AtlasLayout | None:
+    """The stored layout that the atlas names."""
+    for path in _stored():
+        if path.stem.endswith(f"_{atlas.values.shape[1]}") and (layout := AtlasLayout.load(path)).id == atlas.layout_id:
+            return layout
+    return None
+
+
+def cases(path: Path, layout: AtlasLayout | None = None, views: Path | None = None, quality: str = "fast") -> Iterator[Case]:
+    """The atlases of a Gaussian file (transported first), an atlas file, a shard or a folder of shards.
+
+    Args:
+        layout: of all of them; else each atlas' own among the stored ones, and for Gaussians the largest that they fill.
+        views: a file of views, or a folder of ID.npz.
+        quality: of the transport of a Gaussian file, see `trainer.transport.assign`.
+
+    Raises:
+        InputError: the file is missing, damaged or of another kind.
+    """
+    if path.is_dir() or path.suffix == ".tar":
+        for sample, layout_id in tqdm(read_shards(path), desc=path.name, unit="atlas", leave=False, disable=None):
+            atlas = Atlas(sample.values, layout_id)
+            # A repainted variant has no views of its own.
+            own = sample.record.get("object", sample.id) == sample.id
+            yield Case(sample.id, atlas, layout or _layout_of(atlas), None, _views_of(sample.id, views) if own else None)
+    elif path.suffix.lower() in SUFFIXES:
+        original = load(path)
+        chosen = layout or _largest_filled(len(original))
+        yield Case(path.stem, to_atlas(original, chosen, quality), chosen, original, _views_of(path.stem, views))
+    else:
+        atlas = load_atlas(path)
+        yield Case(path.stem, atlas, layout or _layout_of(atlas), None, _views_of(path.stem, views))
+
+
+def load_atlas(path: Path) -> Atlas:
+    """An atlas file of the atlas stage.
+
+    Raises:
+        InputError: missing, damaged, or something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return Atlas(file.get_tensor("values").float(), (file.metadata() or {}).get("layout_id", ""))
+    except (OSError, SafetensorError, InputError) as error:
+        raise InputError(f"{path}: not an atlas ({error}); give {', '.join(SUFFIXES)}, an atlas, a shard or a folder of shards") from error
+
+
+def _largest_filled(count: int) -> AtlasLayout:
+    sizes = sorted({int(path.stem.split("_")[-1]) for path in _stored()})
+    return AtlasLayout.load_default(max([size for size in sizes if size**2 <= count], default=sizes[0]))
+
+
+def _views_of(name: str, views: Path | None) -> Views | None:
+    if views is None:
+        return None
+    path = views_path(views, name) if views.is_dir() else views
+    return Views.load(path)
+
+
+# --- the examination of many ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found in every path."""
+
+    reports: list[AtlasReport]
+    unreadable: list[str]  # one line for each path that could not be read
+    pictured: list[tuple[AtlasReport, Case]]  # at most `_PICTURED`, the sick and the least local first
+
+    @property
+    def status(self) -> int:
+        """Exit status: 2 something could not be read, 1 something must not be trained on, 0 all is well."""
+        return 2 if self.unreadable else int(any(not report.healthy for report in self.reports))
+
+    def to_json(self) -> str:
+        objects = [{**asdict(report), "healthy": report.healthy} for report in self.reports]
+        summary = summarise(self.reports) if self.reports else []
+        data = {"objects": objects, "summary": [asdict(line) for line in summary], "unreadable": self.unreadable}
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def examine_paths(
+    paths: Iterable[Path], layout: AtlasLayout | None = None, views: Path | None = None, quality: str = "fast"
+) -> Examination:
+    """Examine everything in some files and folders; one that cannot be read does not stop the others."""
+    reports, unreadable, pictured = [], [], []
+    for path in paths:
+        try:
+            for case in cases(path, layout, views, quality):
+                report = examine(case)
+                reports.append(report)
+                pictured = sorted([*pictured, (report, case)], key=lambda pair: _health(pair[0]))[:_PICTURED]
+        except InputError as error:
+            unreadable.append(str(error))
+    return Examination(reports, unreadable, pictured)
+
+
+def _locality_kept(report: AtlasReport) -> float:
+    return report.locality / max(report.possible_locality, 1e-9)
+
+
+def _health(report: AtlasReport) -> tuple[bool, float]:
+    """The sick before the healthy, the least local first."""
+    return report.healthy, 0.0 if report.locality is None else _locality_kept(report)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measure over many atlases."""
+
+    measure: str
+    median: float
+    worst: float
+    name: str  # the atlas with the worst value
+
+
+_MEASURES: list[tuple[str, Callable[[AtlasReport], float], Callable]] = [
+    ("transport gap", lambda report: report.transport.gap, max),
+    ("transport saving", lambda report: report.transport.saving, min),
+    ("locality", lambda report: report.locality, min),
+    ("locality over a fresh transport's", _locality_kept, min),
+    ("neighbours kept, interior", lambda report: report.neighbours.interior, min),
+    ("neighbours kept, poles", lambda report: report.neighbours.poles, min),
+    ("neighbours kept, seam", lambda report: report.neighbours.seam, min),
+    ("transparent cells", lambda report: report.cells.transparent, max),
+    ("point cells", lambda report: report.cells.points, max),
+    ("stray cells", lambda report: report.cells.stray, max),
+    ("duplicate cells", lambda report: report.cells.duplicates, max),
+    ("largest skewness", lambda report: max(abs(channel.skewness) for channel in report.channels), max),
+    ("largest roughness", lambda report: max(channel.roughness for channel in report.channels), max),
+]
+
+
+def summarise(reports: list[AtlasReport]) -> list[Line]:
+    """Median and worst of every measure over the atlases whose layout is known."""
+    known = [report for report in reports if report.transport is not None]
+    lines = []
+    for measure, value, worst in _MEASURES if known else ():
+        values = [float(value(report)) for report in known]
+        extreme = values.index(worst(values))
+        lines.append(Line(measure, float(np.median(values)), values[extreme], known[extreme].name))
+    scored: dict[str, list[tuple[float, str]]] = {}
+    for report in known:
+        for stage in report.stages:
+            if stage.psnr is not None:
+                scored.setdefault(stage.name, []).append((stage.psnr, report.name))
+    for stage_name, scores in scored.items():
+        lines.append(Line(f"PSNR, {stage_name} (dB)", float(np.median([score for score, _ in scores])), *min(scores)))
+    return lines
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def text(found: Examination) -> str:
+    """Every report, or for more than `_PICTURED` of them the summary."""
+    if len(found.reports) > _PICTURED:
+        return summary_table(found.reports)
+    return "\n\n".join(table(report) for report in found.reports)
+
+
+def table(report: AtlasReport) -> str:
+    """The report on one atlas, for a terminal."""
+    layout = f"{report.size} x {report.size} cells, {report.projection or 'unknown projection'}, layout {report.layout_id[:8] or 'none'}"
+    lines = [f"{report.name}: {'healthy' if report.healthy else 'SICK'} ({layout})", *(f"  ! {reason}" for reason in report.reasons)]
+    if report.transport is not None:
+        t, n, c = report.transport, report.neighbours, report.cells
+        lines += [
+            f"  transport   cost {t.cost:.5f}, certified bound {t.lower_bound:.5f}, gap {t.gap:.3%}; saves {t.saving:.1%} of the possible",
+            f"  locality    {report.locality:.3f}, a fresh transport {report.possible_locality:.3f}",
+            f"  neighbours  {n.everywhere:.0%} of touching cells are among the {NEAREST} nearest in space: "
+            f"interior {n.interior:.0%}, poles {n.poles:.0%}, seam {n.seam:.0%}",
+            f"  cells       {c.transparent} transparent, {c.points} points, {c.stray} stray, {c.duplicates} duplicates, "
+            f"{c.clipped} out of range, {c.not_finite} not finite",
+        ]
+    lines += ["", *_indented(_channel_rows(report.channels))]
+    if report.stages:
+        lines += ["", *_indented(_stage_rows(report.stages))]
+    return "\n".join(lines)
+
+
+def summary_table(reports: list[AtlasReport]) -> str:
+    """Many atlases: the measures with their worst atlas, the channels together, and every sick atlas."""
+    sick = [report for report in reports if not report.healthy]
+    lines = [f"{len(reports)} atlases, {len(sick)} must not be trained on"]
+    lines += [f"  {report.name}: {reason}" for report in sick for reason in report.reasons]
+    rows = [["measure", "median", "worst", "of"]]
+    rows += [[line.measure, _number(line.median), _number(line.worst), line.name] for line in summarise(reports)]
+    lines += ["", *_indented(rows, left=(0, 3)), "", *_indented(_channel_rows(pooled(reports)))]
+    return "\n".join(lines)
+
+
+def pooled(reports: list[AtlasReport]) -> list[Channel]:
+    """The channels over all atlases: extremes, mean and deviation of all cells; skewness and the shares are means over atlases."""
+    channels = []
+    for same in zip(*(report.channels for report in reports), strict=True):
+        columns = {key: np.array([getattr(channel, key) for channel in same]) for key in asdict(same[0]) if key != "name"}
+        mean = columns["mean"].mean()
+        std = math.sqrt((columns["std"] ** 2 + (columns["mean"] - mean) ** 2).mean())
+        rest = [float(columns[key].mean()) for key in ("skewness", "at_ends", "roughness")]
+        channels.append(Channel(same[0].name, float(columns["minimum"].min()), float(mean), float(columns["maximum"].max()), std, *rest))
+    return channels
+
+
+def _channel_rows(channels: list[Channel]) -> list[list[str]]:
+    rows = [["channel", "min", "mean", "max", "std", "skewness", "at ends", "roughness"]]
+    for c in channels:
+        values = [f"{value:.3f}" for value in (c.minimum, c.mean, c.maximum, c.std, c.skewness)]
+        rows.append([c.name, *values, f"{c.at_ends:.1%}", f"{c.roughness:.3f}"])
+    return rows
+
+
+def _stage_rows(stages: list[Stage]) -> list[list[str]]:
+    if stages[0].psnr is None:
+        rows = [["stage", f"PSNR dB to the {stages[0].name}", "foreground dB"]]
+        return rows + [[stage.name, f"{stage.psnr:.2f}", f"{stage.psnr_foreground:.2f}"] for stage in stages[1:]]
+    rows = [["stage", "PSNR dB", "loss", "foreground dB", "loss"]]
+    rows += [[stage.name, f"{stage.psnr:.2f}", "", f"{stage.psnr_foreground:.2f}", ""] for stage in stages]
+    for row, stage, before in zip(rows[2:], stages[1:], stages, strict=False):
+        row[2], row[4] = f"{before.psnr - stage.psnr:.2f}", f"{before.psnr_foreground - stage.psnr_foreground:.2f}"
+    return rows
+
+
+def _indented(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.4f}"
+
+
+# --- as a picture -----------------------------------------------------------------------------------------------------
+
+# Dark to bright, so that opacity reads in grey as well.
+_OPACITY_COLORS = torch.tensor([(0.27, 0.00, 0.33), (0.23, 0.32, 0.55), (0.13, 0.57, 0.55), (0.37, 0.79, 0.38), (0.99, 0.91, 0.14)])
+_PANEL = 256  # pixels, least side of a panel
+_MARGIN, _GAP, _TITLE = 24, 14, 74  # pixels
+_INK, _FAINT, _PAPER, _ALARM = (32, 34, 38), (118, 122, 130), (255, 255, 255), (190, 32, 38)
+
+
+def panels(atlas: Atlas, layout: AtlasLayout) -> dict[str, tuple[str, Tensor]]:
+    """The attributes of an atlas as pictures [size, size, 3] in 0..1, each with a line that says how to read it.
+
+    The panels of the paper's figure 6: position, colour, opacity, scale, and the last three components of the rotation.
+    """
+    gaussians = from_atlas(atlas, layout)
+    logs = gaussians.scales.log10()
+    low, high = (float(torch.quantile(logs, share)) for share in (0.02, 0.98))
+    place = gaussians.opacities[:, None] * (len(_OPACITY_COLORS) - 1)
+    below = place.floor().long().clamp(0, len(_OPACITY_COLORS) - 2)
+    opacity = torch.lerp(_OPACITY_COLORS[below[:, 0]], _OPACITY_COLORS[below[:, 0] + 1], place - below)
+    # The sign of a quaternion is free.
+    vector = torch.where(gaussians.quaternions[:, :1] < 0, -1.0, 1.0) * gaussians.quaternions[:, 1:]
+    reach = max(float(torch.quantile(vector.abs(), 0.98)), 1e-6)
+    found = {
+        "position": ("x y z as red green blue, -0.5 to 0.5", gaussians.means + 0.5),
+        "colour": ("as it is", gaussians.colors),
+        "opacity": ("0 dark to 1 bright", opacity),
+        "scale": (f"three axes as red green blue, {10**low:.4f} to {10**high:.4f}", (logs - low) / max(high - low, 1e-6)),
+        "rotation": (f"quaternion x y z, {-reach:.2f} to {reach:.2f}", vector / (2 * reach) + 0.5),
+    }
+    return {name: (note, image.clamp(0, 1).reshape(layout.size, layout.size, 3)) for name, (note, image) in found.items()}
+
+
+def picture(pictured: list[tuple[AtlasReport, Case]]) -> Image.Image:
+    """A row for each atlas: the object, then its panels, cells enlarged to whole squares of pixels."""
+    shown = [(report, case) for report, case in pictured if report.projection is not None]
+    if not shown:
+        raise InputError("no atlas with a known layout to draw: give its layout with --layout")
+    side = max(_PANEL, *(report.size for report, _ in shown))
+    width = 2 * _MARGIN + 6 * side + 5 * _GAP
+    row = _TITLE + side + 40
+    canvas = Image.new("RGB", (width, 2 * _MARGIN + len(shown) * row - 24), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    large, normal, small = (ImageFont.load_default(points) for points in (20, 15, 12))
+    for index, (report, case) in enumerate(shown):
+        top = _MARGIN + index * row
+        draw.text((_MARGIN, top), report.name, _INK, large)
+        verdict = "healthy" if report.healthy else report.reasons[0]
+        facts = (
+            f"{report.size} x {report.size}, {report.projection}",
+            f"gap {report.transport.gap:.2%}",
+            f"locality {report.locality:.2f}",
+        )
+        left = _MARGIN + draw.textlength(report.name, large)
+        for words in facts:
+            draw.text((left + 24, top + 5), words, _FAINT, normal)
+            left += 24 + draw.textlength(words, normal)
+        draw.text((left + 24, top + 5), verdict, _INK if report.healthy else _ALARM, normal)
+        drawn = render(from_atlas(case.atlas, case.layout), Cameras.orbit(1, side, radius=RADIUS)).rgb[0]
+        images = {"object": ("30 degrees from its front", drawn), **panels(case.atlas, case.layout)}
+        for column, (name, (note, image)) in enumerate(images.items()):
+            left = _MARGIN + column * (side + _GAP)
+            draw.text((left, top + 34), name, _INK, normal)
+            draw.text((left, top + 54), note, _FAINT, small)
+            canvas.paste(_enlarged(image, side), (left, top + _TITLE))
+    return canvas
+
+
+def _enlarged(image: Tensor, side: int) -> Image.Image:
+    """A picture [S, S, 3] as pixels, each cell a whole number of them."""
+    pixels = Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    side -= side % len(image)
+    return pixels.resize((side, side), Image.Resampling.NEAREST)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG whole."""
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")
