@@ -1,33 +1,34 @@
 """Sixteen channels a cell: how a Gaussian becomes image values and how it is read back.
 
 Channel groups, four each (Gaussian Atlas, section 3.2): (x - s, o), (color, o), (log scale, o), rotation; x is the
-centre, s the cell's sphere point, o the opacity, whose three copies are averaged when read.
+centre, s the cell's sphere point, o the opacity, whose three copies are averaged when read. A `ChannelSpec` names the
+transform of each; `transforms` holds them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
-from itertools import permutations, product
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..gaussians import Gaussians
+from ..tensors import decode_tensors, encode_tensors
 from .layout import AtlasLayout
+from .transforms import OPACITIES, SHAPES
 
 CHANNELS = 16
-CHANNEL_NAMES = (
-    "offset_x", "offset_y", "offset_z", "opacity_0",
-    "color_r", "color_g", "color_b", "opacity_1",
-    "scale_0", "scale_1", "scale_2", "opacity_2",
-    "rotation_w", "rotation_x", "rotation_y", "rotation_z",
-)  # fmt: skip
-
-_TRANSFORMS = {"position": "offset", "color": "identity", "opacity": "identity", "scale": "log", "rotation": "canonical"}
-_EQUAL_SCALES = 1e-5  # relative difference below which two axes count as equal, so that the spin in their plane is free
+# The names that each attribute's transform may have.
+_KNOWN = {
+    "position": ("offset",),
+    "color": ("identity",),
+    "opacity": tuple(OPACITIES),
+    "scale": ("log",),
+    "rotation": tuple(SHAPES),
+}
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,35 @@ class ChannelSpec:
     """The transform of each attribute, recorded in bundles so that a reader knows what it reads.
 
     Raises:
-        InputError: a transform this version does not know, or an empty range of scales.
+        InputError: a transform this version does not know, an empty range of scales, or a margin outside 0..0.5.
     """
 
     position: str = "offset"  # x - s: centre minus the cell's sphere point, in object units
     color: str = "identity"  # display sRGB, 0..1
-    opacity: str = "identity"  # 0..1, in three copies
+    opacity: str = "logit"  # three copies of "identity": 0..1, or "logit": log(o / (1 - o))
     scale: str = "log"  # natural logarithm of the standard deviations
-    rotation: str = "canonical"  # (w, x, y, z) nearest the world frame among the equal descriptions, see `canonical`
+    rotation: str = "log_covariance"  # or "canonical": (w, x, y, z) nearest the world frame, see `transforms.canonical`
     min_scale: float = 1e-5  # object units; thinner Gaussians are stored with this scale
     max_scale: float = 1.0  # object units, the object's longest side
+    opacity_margin: float = 1e-3  # "logit" stores opacities within margin..1 - margin
 
     def __post_init__(self) -> None:
-        for name, known in _TRANSFORMS.items():
-            if getattr(self, name) != known:
-                raise InputError(f"channels: {name} must be {known!r}, got {getattr(self, name)!r}; a newer version may read it")
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                names = " or ".join(map(repr, known))
+                raise InputError(f"channels: {name} must be {names}, got {getattr(self, name)!r}; a newer version may read it")
         if not (isinstance(self.min_scale, float) and isinstance(self.max_scale, float) and 0 < self.min_scale < self.max_scale):
             raise InputError(f"channels: need 0 < min_scale < max_scale, got {self.min_scale!r} and {self.max_scale!r}")
+        if not (isinstance(self.opacity_margin, float) and 0 < self.opacity_margin < 0.5):
+            raise InputError(f"channels: opacity_margin must lie between 0 and 0.5, got {self.opacity_margin!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each of the 16 channels holds."""
+        shape = SHAPES[self.rotation].names
+        opacities = [f"opacity_{copy}" for copy in range(3)]
+        groups = ("offset_x", "offset_y", "offset_z"), ("color_r", "color_g", "color_b"), shape[:3]
+        return (*(name for group, copy in zip(groups, opacities, strict=True) for name in (*group, copy)), *shape[3:])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -64,9 +77,16 @@ class ChannelSpec:
         except json.JSONDecodeError as error:
             raise InputError(f"channels: not JSON ({error})") from error
         names = {entry.name for entry in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
+        # Written since opacities may be logits; before, it had no meaning.
+        if not isinstance(values, dict) or values.keys() | {"opacity_margin"} != names:
             raise InputError(f"channels: expected the keys {', '.join(sorted(names))}")
         return cls(**values)
+
+
+# Of the default; an atlas of another specification has other names, see `ChannelSpec.names`.
+CHANNEL_NAMES = ChannelSpec().names
+# Atlases were written so before they said how.
+_UNNAMED_SPEC = ChannelSpec(opacity="identity", rotation="canonical")
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,24 @@ class Atlas:
         if values.ndim != 3 or values.shape[0] != CHANNELS or values.shape[1] != values.shape[2] or not values.is_floating_point():
             raise InputError(f"Atlas.values must be floating [{CHANNELS}, size, size], got {values.dtype} {list(values.shape)}")
 
+    def encode(self, dtype: torch.dtype = torch.float32) -> bytes:
+        """A safetensors file: values as `dtype`, and the layout's id and the specification as its record."""
+        record = {"layout_id": self.layout_id, "channels": asdict(self.spec)}
+        return encode_tensors({"values": self.values.detach().to("cpu", dtype)}, record)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Atlas:
+        """What `encode` wrote, its values as float32.
+
+        Raises:
+            ValueError: not an atlas of this or an earlier version.
+        """
+        tensors, record = decode_tensors(payload)
+        if "values" not in tensors or not isinstance(record.get("layout_id"), str):
+            raise InputError("not an atlas: it lacks values or the id of its layout")
+        spec = ChannelSpec.from_json(json.dumps(record["channels"])) if "channels" in record else _UNNAMED_SPEC
+        return cls(tensors["values"].float(), record["layout_id"], spec)
+
 
 def pack(gaussians: Gaussians, layout: AtlasLayout, spec: ChannelSpec | None = None) -> Atlas:
     """Write N Gaussians, already in the order of the layout's cells, as an atlas; `trainer.atlas.to_atlas` finds the order.
@@ -98,10 +136,10 @@ def pack(gaussians: Gaussians, layout: AtlasLayout, spec: ChannelSpec | None = N
         raise InputError(f"the layout has {layout.count} cells, got {len(gaussians)} Gaussians")
     if not bool(gaussians.finite().all()):
         raise InputError("gaussians contain NaN or infinity; keep those of Gaussians.finite()")
-    quaternions, scales = canonical(gaussians.quaternions, gaussians.scales.clamp(spec.min_scale, spec.max_scale))
     offsets = gaussians.means - layout.cell_sphere.to(gaussians.means)
-    opacity = gaussians.opacities[:, None]
-    cells = torch.cat([offsets, opacity, gaussians.colors, opacity, scales.log(), opacity, quaternions], dim=1)
+    opacity = OPACITIES[spec.opacity].write(gaussians.opacities, spec.opacity_margin)[:, None]
+    shape = SHAPES[spec.rotation].write(gaussians.quaternions, gaussians.scales.clamp(spec.min_scale, spec.max_scale))
+    cells = torch.cat([offsets, opacity, gaussians.colors, opacity, shape[:, :3], opacity, shape[:, 3:]], dim=1)
     return Atlas(cells.T.reshape(CHANNELS, layout.size, layout.size).contiguous(), layout.id, spec)
 
 
@@ -120,95 +158,12 @@ def from_atlas(atlas: Atlas, layout: AtlasLayout) -> Gaussians:
         raise InputError(f"the atlas has {atlas.values.shape[1]} cells a side, its layout {layout.size}")
     spec = atlas.spec
     cells = torch.nan_to_num(atlas.values, 0.0, 0.0, 0.0).flatten(1).T
-    offsets, colors, logs, quaternions = cells[:, 0:3], cells[:, 4:7], cells[:, 8:11], cells[:, 12:16]
-    length = quaternions.norm(dim=1, keepdim=True)
-    identity = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(cells)
-    low, high = torch.tensor([spec.min_scale, spec.max_scale]).log().tolist()
+    quaternions, logs = SHAPES[spec.rotation].read(cells[:, [8, 9, 10, 12, 13, 14, 15]])
+    low, high = math.log(spec.min_scale), math.log(spec.max_scale)
     return Gaussians(
-        means=offsets + layout.cell_sphere.to(cells),
-        quaternions=torch.where(length > 1e-8, quaternions / length.clamp_min(1e-8), identity),
+        means=cells[:, 0:3] + layout.cell_sphere.to(cells),
+        quaternions=quaternions,
         scales=logs.clamp(low, high).exp(),
-        opacities=cells[:, [3, 7, 11]].mean(1).clamp(0, 1),
-        colors=colors.clamp(0, 1),
+        opacities=OPACITIES[spec.opacity].read(cells[:, [3, 7, 11]].mean(1), spec.opacity_margin),
+        colors=cells[:, 4:7].clamp(0, 1),
     )
-
-
-def canonical(quaternions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The description of each ellipsoid whose axes lie nearest the world's; the covariance stays the same.
-
-    Permuting the axes of an ellipsoid, and their scales along, and flipping signs gives 24 rotations that describe it
-    equally, each as two quaternions. Of these the smallest rotation is chosen, with w >= 0. Where two scales are equal
-    the ellipsoid may also spin freely in their plane, which is removed; where all are, the rotation is the identity.
-
-    Args:
-        quaternions: [N, 4] (w, x, y, z), any length but zero.
-        scales: [N, 3].
-
-    Returns:
-        quaternions [N, 4] of unit length and scales [N, 3].
-    """
-    dtype = quaternions.dtype
-    rotations, orders = (table.to(quaternions.device) for table in _cube_rotations())
-    quaternions = torch.nn.functional.normalize(quaternions.double(), dim=1)
-    candidates = _multiply(quaternions[:, None], rotations[None])  # [N, 24, 4]
-    sizes = scales[:, orders]  # [N, 24, 3]
-
-    # A free spin about one axis is the twist part of the rotation about it; the swing that is left has the larger w.
-    following = sizes.roll(-1, 2)
-    equal = (sizes - following).abs() <= _EQUAL_SCALES * torch.maximum(sizes, following)  # axes (0, 1), (1, 2), (2, 0)
-    for axis, pair in ((0, 1), (1, 2), (2, 0)):
-        spin = torch.zeros_like(candidates)
-        spin[..., 0], spin[..., 1 + axis] = candidates[..., 0], -candidates[..., 1 + axis]
-        length = spin.norm(dim=2, keepdim=True)
-        swing = _multiply(candidates, spin / length.clamp_min(1e-12))
-        candidates = torch.where(equal[..., pair, None] & (length > 1e-12), swing, candidates)
-    identity = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=quaternions.device)
-    candidates = torch.where(equal.all(2)[..., None], identity, candidates)
-
-    # The first of the nearly best, not the best: the choice must not hang on rounding when it is made again.
-    nearness = candidates[..., 0].abs()
-    best = (nearness >= nearness.amax(1, keepdim=True) - 1e-6).int().argmax(1)
-    rows = torch.arange(len(quaternions), device=quaternions.device)
-    chosen, chosen_scales = candidates[rows, best], sizes[rows, best]
-    return torch.where(chosen[:, :1] < 0, -chosen, chosen).to(dtype), chosen_scales
-
-
-@cache
-def _cube_rotations() -> tuple[Tensor, Tensor]:
-    """The 24 rotations of a cube: quaternions [24, 4], the identity first, and the axis [24, 3] that each new axis was."""
-    quaternions, orders = [], []
-    values = sorted({tuple(q) for q in _cube_quaternions()}, reverse=True)
-    for w, x, y, z in values:
-        matrix = torch.tensor([
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ])  # fmt: skip
-        quaternions.append((w, x, y, z))
-        orders.append(matrix.abs().argmax(0))
-    return torch.tensor(quaternions, dtype=torch.float64), torch.stack(orders)
-
-
-def _cube_quaternions():
-    """One of each pair q, -q of unit quaternions with 1, 2 or 4 equal non-zero entries."""
-    half, root = 0.5, 0.5**0.5
-    for signs in product((1.0, -1.0), repeat=3):
-        yield (half, *(half * sign for sign in signs))
-    for position in range(4):
-        yield tuple(1.0 if index == position else 0.0 for index in range(4))
-    for first, second in permutations(range(4), 2):
-        if first < second:
-            for sign in (1.0, -1.0):
-                yield tuple(root if i == first else root * sign if i == second else 0.0 for i in range(4))
-
-
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Hamilton product of quaternions [..., 4] (w, x, y, z)."""
-    a, b, c, d = left.unbind(-1)
-    e, f, g, h = right.unbind(-1)
-    return torch.stack(torch.broadcast_tensors(
-        a * e - b * f - c * g - d * h,
-        a * f + b * e + c * h - d * g,
-        a * g - b * h + c * e + d * f,
-        a * h + b * g - c * f + d * e,
-    ), dim=-1)  # fmt: skip
