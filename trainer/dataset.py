@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
+import torch
 import webdataset
-from safetensors import SafetensorError
 from torch import Tensor
 
-from generator.atlas import Atlas
+from generator.atlas import Atlas, ChannelSpec
 from generator.errors import InputError
 
 ATLASES_PER_SHARD = 256
@@ -26,6 +24,7 @@ class Sample:
 
     id: str
     values: Tensor  # [16, H, W] float32, raw channels (not normalised)
+    spec: ChannelSpec  # what the channels hold
     record: dict  # captions, name, category, creator, licence, library, scores of the fit
 
 
@@ -60,8 +59,7 @@ def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Pa
                 paths.append(directory / f"atlases-{len(paths):06d}.tar")
                 partial = paths[-1].with_suffix(".partial")
                 writer, held = webdataset.TarWriter(str(partial), compress=False), 0
-            payload = safetensors.torch.save({"values": atlas.values.half().contiguous()}, {"layout_id": layout_id})
-            writer.write({"__key__": key, "safetensors": payload, "json": record})
+            writer.write({"__key__": key, "safetensors": atlas.encode(torch.float16), "json": record})
             held += 1
         close()
     except BaseException:
@@ -86,14 +84,7 @@ def read_shards(directory: str | Path) -> Iterator[tuple[Sample, str]]:
     for path in paths:
         try:
             for item in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
-                payload = item["safetensors"]
-                tensors = safetensors.torch.load(payload)
-                yield Sample(item["__key__"], tensors["values"].float(), json.loads(item["json"])), _layout_id(payload)
-        except (tarfile.TarError, SafetensorError, KeyError, EOFError, ValueError) as error:
+                atlas = Atlas.decode(item["safetensors"])
+                yield Sample(item["__key__"], atlas.values, atlas.spec, json.loads(item["json"])), atlas.layout_id
+        except (tarfile.TarError, KeyError, EOFError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
-
-
-def _layout_id(payload: bytes) -> str:
-    stream = io.BytesIO(payload)
-    header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return header["__metadata__"]["layout_id"]

@@ -13,15 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
 from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
 
-from generator.atlas import CHANNEL_NAMES, Atlas, AtlasLayout, from_atlas, pack
+from generator.atlas import Atlas, AtlasLayout, ChannelSpec, from_atlas, pack
 from generator.atlas.layout import PROJECTIONS, default_path
 from generator.errors import InputError
 from generator.files import replacing
@@ -29,16 +27,16 @@ from generator.formats import SUFFIXES, load
 from generator.gaussians import Gaussians
 from generator.render import Cameras, render
 from generator.render.cameras import RADIUS
+from generator.render.ewa import ALPHA_CUT
 
 from .atlas import order_by_cell, resize, to_atlas
 from .dataset import read_shards
 from .fit.fit import held_out_psnr, psnr
+from .sources.gaussian_verse import STRAY
 from .transport import assign
 from .views import Views, views_path
 
 NEAREST = 8  # touching cells should be among each other's so many nearest in space
-STRAY = 3.0  # object lengths from the centre; what lies further is no part of the object
-TRANSPARENT = 1 / 255  # opacity below which a renderer draws nothing
 # A wrong composition keeps at most 0.56 of the locality of a right one and 0.59 of its saving (real fits at 32, 64 and 128 cells a
 # side); a right one keeps all of both.
 _LEAST_LOCALITY = 0.8
@@ -136,10 +134,10 @@ class Channel:
     roughness: float  # total variation of the standardised channel over that of the same cells shuffled: 0 smooth, 1 noise
 
 
-def channel_statistics(values: Tensor) -> list[Channel]:
-    """Statistics of raw atlas values [16, size, size]; values that are not finite are left out."""
-    order = _shuffle(values[0].numel())
-    return [_channel(name, channel.double(), order) for name, channel in zip(CHANNEL_NAMES, values, strict=True)]
+def channel_statistics(atlas: Atlas) -> list[Channel]:
+    """Statistics of an atlas' raw values; values that are not finite are left out."""
+    order = _shuffle(atlas.values[0].numel())
+    return [_channel(name, channel.double(), order) for name, channel in zip(atlas.spec.names, atlas.values, strict=True)]
 
 
 def _channel(name: str, image: Tensor, order: Tensor) -> Channel:
@@ -179,25 +177,24 @@ def cell_defects(atlas: Atlas, layout: AtlasLayout) -> Cells:
     """Count the cells of an atlas that a model should not learn from."""
     gaussians = from_atlas(atlas, layout)
     finite = torch.isfinite(atlas.values).all(0).flatten()
-    features = torch.cat(
-        [gaussians.means, gaussians.colors, gaussians.opacities[:, None], gaussians.scales.log() / 4, gaussians.quaternions], dim=1
-    )
-    twin = cKDTree(features.numpy()).query(features.numpy(), k=[2], p=np.inf, distance_upper_bound=_ALIKE)[0][:, 0]
-    # What reading changes was out of range; the axes' order is free, so scales are compared sorted, and rotations not at all.
-    again = pack(gaussians, layout, atlas.spec).values
-    change = (_comparable(atlas.values) - _comparable(again)).abs().amax(0).flatten()
+    stored = torch.nan_to_num(atlas.values, 0.0, 0.0, 0.0)
+    # Offsets differ between equal Gaussians, everything else is stored alike.
+    contents = torch.cat([gaussians.means, stored[3:].flatten(1).T], dim=1).numpy()
+    twin = cKDTree(contents).query(contents, k=[2], p=np.inf, distance_upper_bound=_ALIKE)[0][:, 0]
+    change = (_unique(stored, atlas.spec) - _unique(pack(gaussians, layout, atlas.spec).values, atlas.spec)).abs()
     return Cells(
-        transparent=int((gaussians.opacities < TRANSPARENT).sum()),
-        points=int((gaussians.scales.amax(1) <= atlas.spec.min_scale * 1.01).sum()),
+        transparent=int((gaussians.opacities < ALPHA_CUT).sum()),
+        points=int((gaussians.scales.amax(1) <= atlas.spec.min_scale * 1.05).sum()),
         stray=int((gaussians.means.abs() > STRAY).any(1).sum()),
         duplicates=int(np.isfinite(twin).sum()),
-        clipped=int(((change > _CLIPPED) & finite).sum()),
+        clipped=int(((change.amax(0).flatten() > _CLIPPED) & finite).sum()),
         not_finite=int((~finite).sum()),
     )
 
 
-def _comparable(values: Tensor) -> Tensor:
-    return torch.cat([values[:8], values[8:11].sort(dim=0).values, values[11:12]])
+def _unique(values: Tensor, spec: ChannelSpec) -> Tensor:
+    """The values that reading and writing again returns unless they are out of range; a canonical rotation may choose anew."""
+    return torch.cat([values[:8], values[8:11].sort(0).values, values[11:12]]) if spec.rotation == "canonical" else values
 
 
 # --- what each stage loses --------------------------------------------------------------------------------------------
@@ -276,7 +273,7 @@ def examine(case: Case) -> AtlasReport:
         possible_locality=None,
         neighbours=None,
         cells=None,
-        channels=channel_statistics(atlas.values),
+        channels=channel_statistics(atlas),
         stages=[],
     )
     if layout is None:
@@ -315,9 +312,9 @@ def _reasons(report: AtlasReport) -> list[str]:
     cells, count = report.cells, report.size**2
     reasons = []
     if cells.not_finite:
-        reasons.append(f"{cells.not_finite} cells hold NaN or infinity")
+        reasons.append(f"NaN or infinity in {cells.not_finite} of {count} cells")
     if cells.clipped:
-        reasons.append(f"{cells.clipped} cells hold values outside their channels' range, or copies of the opacity that differ")
+        reasons.append(f"values out of their channel's range, or copies of the opacity that differ, in {cells.clipped} of {count} cells")
     if report.locality < _LEAST_LOCALITY * report.possible_locality:
         reasons.append(
             "cells are not neighbours in space: sphere and plane indices are composed wrongly "
@@ -329,7 +326,7 @@ def _reasons(report: AtlasReport) -> list[str]:
             "(it was made for another sphere, or the image is turned or mirrored)"
         )
     if cells.stray:
-        reasons.append(f"{cells.stray} cells lie beyond {STRAY:g} object lengths: drop those Gaussians and transport again")
+        reasons.append(f"Gaussians beyond {STRAY:g} object lengths in {cells.stray} of {count} cells: drop them and transport again")
     for number, what in ((cells.transparent, "show nothing (opacity below 1/255)"), (cells.duplicates, "repeat another cell")):
         if number > _MOST_DEAD * count:
             reasons.append(f"{number} of {count} cells {what}: bring the object to {count} Gaussians with trainer.atlas.resize")
@@ -369,27 +366,26 @@ def _layout_of(atlas: Atlas) -> AtlasLayout | None:
     return None
 
 
-def cases(path: Path, layout: AtlasLayout | None = None, views: Path | None = None, quality: str = "fast") -> Iterator[Case]:
+def cases(path: Path, layout: AtlasLayout | None = None, views: Path | None = None) -> Iterator[Case]:
     """The atlases of a Gaussian file (transported first), an atlas file, a shard or a folder of shards.
 
     Args:
         layout: of all of them; else each atlas' own among the stored ones, and for Gaussians the largest that they fill.
-        views: a file of views, or a folder of ID.npz.
-        quality: of the transport of a Gaussian file, see `trainer.transport.assign`.
+        views: a file of views, or a folder of ID.npz, which need not hold every object.
 
     Raises:
         InputError: the file is missing, damaged or of another kind.
     """
     if path.is_dir() or path.suffix == ".tar":
         for sample, layout_id in tqdm(read_shards(path), desc=path.name, unit="atlas", leave=False, disable=None):
-            atlas = Atlas(sample.values, layout_id)
+            atlas = Atlas(sample.values, layout_id, sample.spec)
             # A repainted variant has no views of its own.
             own = sample.record.get("object", sample.id) == sample.id
             yield Case(sample.id, atlas, layout or _layout_of(atlas), None, _views_of(sample.id, views) if own else None)
     elif path.suffix.lower() in SUFFIXES:
         original = load(path)
         chosen = layout or _largest_filled(len(original))
-        yield Case(path.stem, to_atlas(original, chosen, quality), chosen, original, _views_of(path.stem, views))
+        yield Case(path.stem, to_atlas(original, chosen), chosen, original, _views_of(path.stem, views))
     else:
         atlas = load_atlas(path)
         yield Case(path.stem, atlas, layout or _layout_of(atlas), None, _views_of(path.stem, views))
@@ -401,12 +397,11 @@ def load_atlas(path: Path) -> Atlas:
     Raises:
         InputError: missing, damaged, or something else.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            return Atlas(file.get_tensor("values").float(), (file.metadata() or {}).get("layout_id", ""))
-    except (OSError, SafetensorError, InputError) as error:
+        return Atlas.decode(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
         raise InputError(f"{path}: not an atlas ({error}); give {', '.join(SUFFIXES)}, an atlas, a shard or a folder of shards") from error
 
 
@@ -418,8 +413,10 @@ def _largest_filled(count: int) -> AtlasLayout:
 def _views_of(name: str, views: Path | None) -> Views | None:
     if views is None:
         return None
-    path = views_path(views, name) if views.is_dir() else views
-    return Views.load(path)
+    if not views.is_dir():
+        return Views.load(views)
+    path = views_path(views, name)
+    return Views.load(path) if path.is_file() else None
 
 
 # --- the examination of many ------------------------------------------------------------------------------------------
@@ -445,14 +442,12 @@ class Examination:
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
-def examine_paths(
-    paths: Iterable[Path], layout: AtlasLayout | None = None, views: Path | None = None, quality: str = "fast"
-) -> Examination:
+def examine_paths(paths: Iterable[Path], layout: AtlasLayout | None = None, views: Path | None = None) -> Examination:
     """Examine everything in some files and folders; one that cannot be read does not stop the others."""
     reports, unreadable, pictured = [], [], []
     for path in paths:
         try:
-            for case in cases(path, layout, views, quality):
+            for case in cases(path, layout, views):
                 report = examine(case)
                 reports.append(report)
                 pictured = sorted([*pictured, (report, case)], key=lambda pair: _health(pair[0]))[:_PICTURED]
@@ -551,7 +546,8 @@ def summary_table(reports: list[AtlasReport]) -> str:
     lines = [f"{len(reports)} atlases, {len(sick)} must not be trained on"]
     lines += [f"  {report.name}: {reason}" for report in sick for reason in report.reasons]
     rows = [["measure", "median", "worst", "of"]]
-    rows += [[line.measure, _number(line.median), _number(line.worst), line.name] for line in summarise(reports)]
+    for line in summarise(reports):
+        rows.append([line.measure, _number(line.median), _number(line.worst), line.name if line.worst != line.median else ""])
     lines += ["", *_indented(rows, left=(0, 3)), "", *_indented(_channel_rows(pooled(reports)))]
     return "\n".join(lines)
 
@@ -583,7 +579,9 @@ def _stage_rows(stages: list[Stage]) -> list[list[str]]:
     rows = [["stage", "PSNR dB", "loss", "foreground dB", "loss"]]
     rows += [[stage.name, f"{stage.psnr:.2f}", "", f"{stage.psnr_foreground:.2f}", ""] for stage in stages]
     for row, stage, before in zip(rows[2:], stages[1:], stages, strict=False):
-        row[2], row[4] = f"{before.psnr - stage.psnr:.2f}", f"{before.psnr_foreground - stage.psnr_foreground:.2f}"
+        losses = (before.psnr - stage.psnr, before.psnr_foreground - stage.psnr_foreground)
+        # Adding 0 turns -0 into 0.
+        row[2], row[4] = (f"{round(loss, 2) + 0.0:.2f}" for loss in losses)
     return rows
 
 
@@ -612,25 +610,27 @@ _INK, _FAINT, _PAPER, _ALARM = (32, 34, 38), (118, 122, 130), (255, 255, 255), (
 def panels(atlas: Atlas, layout: AtlasLayout) -> dict[str, tuple[str, Tensor]]:
     """The attributes of an atlas as pictures [size, size, 3] in 0..1, each with a line that says how to read it.
 
-    The panels of the paper's figure 6: position, colour, opacity, scale, and the last three components of the rotation.
+    The panels of the paper's figure 6: position, colour, opacity, scale, and the last three channels of the rotation.
     """
     gaussians = from_atlas(atlas, layout)
-    logs = gaussians.scales.log10()
-    low, high = (float(torch.quantile(logs, share)) for share in (0.02, 0.98))
     place = gaussians.opacities[:, None] * (len(_OPACITY_COLORS) - 1)
     below = place.floor().long().clamp(0, len(_OPACITY_COLORS) - 2)
     opacity = torch.lerp(_OPACITY_COLORS[below[:, 0]], _OPACITY_COLORS[below[:, 0] + 1], place - below)
-    # The sign of a quaternion is free.
-    vector = torch.where(gaussians.quaternions[:, :1] < 0, -1.0, 1.0) * gaussians.quaternions[:, 1:]
-    reach = max(float(torch.quantile(vector.abs(), 0.98)), 1e-6)
     found = {
         "position": ("x y z as red green blue, -0.5 to 0.5", gaussians.means + 0.5),
         "colour": ("as it is", gaussians.colors),
         "opacity": ("0 dark to 1 bright", opacity),
-        "scale": (f"three axes as red green blue, {10**low:.4f} to {10**high:.4f}", (logs - low) / max(high - low, 1e-6)),
-        "rotation": (f"quaternion x y z, {-reach:.2f} to {reach:.2f}", vector / (2 * reach) + 0.5),
+        "scale": _stretched(atlas, slice(8, 11)),
+        "rotation": _stretched(atlas, slice(13, 16)),
     }
     return {name: (note, image.clamp(0, 1).reshape(layout.size, layout.size, 3)) for name, (note, image) in found.items()}
+
+
+def _stretched(atlas: Atlas, channels: slice) -> tuple[str, Tensor]:
+    """Three raw channels [N, 3], each brought to 0..1 between its 2nd and 98th percentile."""
+    values = torch.nan_to_num(atlas.values[channels], 0.0, 0.0, 0.0).flatten(1).T
+    low, high = (torch.quantile(values, share, dim=0) for share in (0.02, 0.98))
+    return f"{' '.join(atlas.spec.names[channels])}, stretched", (values - low) / (high - low).clamp_min(1e-6)
 
 
 def picture(pictured: list[tuple[AtlasReport, Case]]) -> Image.Image:

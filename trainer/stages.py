@@ -1,7 +1,7 @@
 """The stages from objects to a bundle. Each reads what the one before left in the run's folder, and can be run again.
 
 views/ID.npz, views.jsonl      rendered objects
-fits/ID.ply, ID.json           fitted Gaussians and how well they show held-out views
+fits/ID.ply, ID.json           fitted Gaussians and how well they show held-out views; or imported ones and their records
 atlases/ID.safetensors         their atlases, gathered in shards/atlases-*.tar
 normalization.safetensors      statistics of the shards
 finetune/checkpoint-*/         the network
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, from_atlas
 from generator.atlas import pack as pack_atlas
@@ -78,11 +77,12 @@ def atlas(preset: Preset, run: Path) -> None:
     layout = AtlasLayout.load_default(preset.size, preset.projection)
     fits = _finished(run / "fits", ".ply", "fit")
     scores = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in fits}
-    kept = [path for path in fits if scores[path.stem]["psnr"] >= preset.minimum_psnr]
-    _say(f"atlas: {len(kept)} of {len(fits)} fits reach {preset.minimum_psnr} dB on held-out views")
+    # An imported fit has no views to be judged by: its PSNR is null.
+    kept = [path for path in fits if (score := scores[path.stem]["psnr"]) is None or score >= preset.minimum_psnr]
+    _say(f"atlas: {len(kept)} of {len(fits)} fits reach {preset.minimum_psnr} dB on held-out views or are imported")
     (run / "atlases").mkdir(parents=True, exist_ok=True)
     todo = [(path.stem, path, run / "atlases" / f"{path.stem}.safetensors", layout, preset.transport) for path in kept]
-    todo = [item for item in todo if _layout_of(item[2]) != layout.id]
+    todo = [item for item in todo if not _is_current(item[2], layout)]
     failures = for_each(_atlas_one, todo, preset.workers, "atlas")
     _report("atlas", len(kept), failures, len(kept) - len(failures))
     records = {record["id"]: record for record in read_records(run / "views")}
@@ -91,11 +91,11 @@ def atlas(preset: Preset, run: Path) -> None:
         for path in kept:
             if path.stem in failures:
                 continue
-            values = safetensors.torch.load_file(run / "atlases" / f"{path.stem}.safetensors")["values"]
-            record = {**records[path.stem], **scores[path.stem]}
+            stored = Atlas.decode((run / "atlases" / f"{path.stem}.safetensors").read_bytes())
+            record = {**records.get(path.stem, {}), **scores[path.stem]}
             for key in ("status", "reason", "seconds", "size"):
                 record.pop(key, None)
-            yield from _variants(Atlas(values, layout.id), layout, record, preset)
+            yield from _variants(stored, layout, record, preset)
 
     dataset.write_shards(samples(), run / "shards")
 
@@ -130,19 +130,18 @@ def _atlas_one(identifier: str, fit_path: Path, output: Path, layout: AtlasLayou
 
     torch.set_num_threads(1)
     result = to_atlas(load(fit_path), layout, quality)
-    payload = safetensors.torch.save({"values": result.values.float().contiguous()}, {"layout_id": layout.id})
     partial = output.with_suffix(".partial")
-    partial.write_bytes(payload)
+    partial.write_bytes(result.encode())
     os.replace(partial, output)
 
 
-def _layout_of(path: Path) -> str:
-    """Layout id of a stored atlas; empty where there is none or it is damaged."""
+def _is_current(path: Path, layout: AtlasLayout) -> bool:
+    """Whether a stored atlas is whole and made as it would be made now."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("layout_id", "")
-    except (OSError, SafetensorError):
-        return ""
+        stored = Atlas.decode(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return (stored.layout_id, stored.spec) == (layout.id, ChannelSpec())
 
 
 def stats(preset: Preset, run: Path) -> None:
@@ -209,7 +208,7 @@ def pack(preset: Preset, run: Path) -> None:
     step = json.loads((found[-1] / "state.json").read_text())["step"]
     everything = [sample for sample, _ in dataset.read_shards(run / "shards")]
     samples = [sample for sample in everything if sample.id == sample.record["object"]]
-    psnrs = torch.tensor([sample.record["psnr"] for sample in samples])
+    psnrs = [sample.record["psnr"] for sample in samples if sample.record["psnr"] is not None]
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
     info = {
@@ -226,7 +225,7 @@ def pack(preset: Preset, run: Path) -> None:
             "prediction_type": config.prediction_type,
         },
         "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
-        "metrics": {"fit_psnr_mean": round(psnrs.mean().item(), 2), "fit_psnr_lowest": round(psnrs.min().item(), 2)},
+        "metrics": {"fit_psnr_mean": round(sum(psnrs) / len(psnrs), 2), "fit_psnr_lowest": round(min(psnrs), 2)} if psnrs else {},
         "fold": config.fold,
         "low_pass": round(preset.views.low_pass, 6),
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},

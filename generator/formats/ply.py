@@ -61,7 +61,7 @@ def read(path: Path) -> Gaussians:
     Raises:
         InputError: not a PLY, truncated, absurd, compressed or without Gaussians.
     """
-    vertices = _read_vertices(path)
+    vertices = read_vertices(path)
     names = set(vertices.dtype.names or ())
 
     def stack(*wanted: str) -> np.ndarray:
@@ -129,8 +129,12 @@ def _header(path: Path) -> str:
     return start[:end].decode("ascii", errors="replace")
 
 
-def _read_vertices(path: Path) -> np.ndarray:
-    """The vertex element as a structured array that does not keep the file open."""
+def read_vertices(path: Path) -> np.ndarray:
+    """The vertex element as a structured array of raw numbers (logits, logs) that does not keep the file open.
+
+    Raises:
+        InputError: not a PLY, truncated, absurd, or without vertices.
+    """
     _header(path)
     try:
         data = PlyData.read(os.fspath(path))
