@@ -2,7 +2,7 @@
 
 from .channels import CHANNEL_NAMES, CHANNELS, Atlas, ChannelSpec, from_atlas, pack
 from .layout import PROJECTIONS, AtlasLayout
-from .normalization import Normalization, NormalizationAccumulator
+from .normalization import Normalization, NormalizationAccumulator, NormalScores, NormalScoresAccumulator
 
 __all__ = [
     "CHANNELS",
@@ -11,6 +11,8 @@ __all__ = [
     "Atlas",
     "AtlasLayout",
     "ChannelSpec",
+    "NormalScores",
+    "NormalScoresAccumulator",
     "Normalization",
     "NormalizationAccumulator",
     "from_atlas",

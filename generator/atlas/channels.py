@@ -66,6 +66,14 @@ class ChannelSpec:
         groups = ("offset_x", "offset_y", "offset_z"), ("color_r", "color_g", "color_b"), shape[:3]
         return (*(name for group, copy in zip(groups, opacities, strict=True) for name in (*group, copy)), *shape[3:])
 
+    @property
+    def ranges(self) -> tuple[tuple[float, float], ...]:
+        """Least and largest value of each of the 16 channels; only the offsets of objects that are too large leave theirs."""
+        shape = SHAPES[self.rotation].ranges(math.log(self.min_scale), math.log(self.max_scale))
+        ends = OPACITIES[self.opacity].write(torch.tensor([0.0, 1.0], dtype=torch.float64), self.opacity_margin).tolist()
+        groups = ((-2.0, 2.0),) * 3, ((0.0, 1.0),) * 3, shape[:3]
+        return (*(pair for group in groups for pair in (*group, tuple(ends))), *shape[3:])
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

@@ -34,6 +34,7 @@ class ShapeTransform(NamedTuple):
     """
 
     names: tuple[str, ...]  # of the seven channels
+    ranges: Callable[[float, float], tuple[tuple[float, float], ...]]  # of the seven, for logarithms of scales from low to high
     write: Callable[[Tensor, Tensor], Tensor]
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -92,10 +93,14 @@ OPACITIES = {
 }
 SHAPES = {
     "canonical": ShapeTransform(
-        ("scale_0", "scale_1", "scale_2", "rotation_w", "rotation_x", "rotation_y", "rotation_z"), _write_canonical, _read_canonical
+        ("scale_0", "scale_1", "scale_2", "rotation_w", "rotation_x", "rotation_y", "rotation_z"),
+        lambda low, high: ((low, high),) * 3 + ((0.0, 1.0),) + ((-1.0, 1.0),) * 3,
+        _write_canonical,
+        _read_canonical,
     ),
     "log_covariance": ShapeTransform(
         ("scale_wide", "shape_zz", "scale_thin", "shape_xx_yy", "shape_yz", "shape_xz", "shape_xy"),
+        lambda low, high: ((low, high), (low - high, high - low), (low, high)) + ((low - high, high - low),) * 4,
         _write_log_covariance,
         _read_log_covariance,
     ),
