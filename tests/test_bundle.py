@@ -13,7 +13,7 @@ import torch
 from generator.atlas import ChannelSpec
 from generator.errors import InputError
 from generator.model.bundle import find_bundle, load_bundle, save_bundle
-from generator.model.text import TextEncoder, TextEncoderConfig
+from generator.model.text import TextEncoder, TextEncoderConfig, sha256
 from tests.tiny_bundle import FOLD, INFO, SCHEDULER, layout, normalization, text_encoder, tiny_unet, write_tiny_bundle
 
 
@@ -64,6 +64,24 @@ def test_every_file_is_listed_and_none_is_a_pickle(original: Path) -> None:
     assert "CREDITS.csv" in files
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".csv"}
     assert (original / "unet" / "config.json").stat().st_mode & 0o077 == (original / "bundle.json").stat().st_mode & 0o077
+
+
+def test_the_same_model_is_the_same_bytes(original: Path, tmp_path: Path) -> None:
+    again = write_tiny_bundle(tmp_path / "again", files={"CREDITS.csv": b"name,licence\n"})
+    for path in original.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (again / path.relative_to(original)).read_bytes(), path
+
+
+def test_bundles_of_the_first_version_keep_their_channels(bundle: Path) -> None:
+    """Their channels.json knows no margin of the opacities."""
+    path = bundle / "atlas" / "channels.json"
+    first = {"opacity": "identity", "rotation": "canonical"}
+    values = {key: value for key, value in (json.loads(path.read_text()) | first).items() if key != "opacity_margin"}
+    path.write_text(json.dumps(values))
+    info = json.loads((bundle / "bundle.json").read_text())
+    info["files"]["atlas/channels.json"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    assert load_bundle(bundle).channels == ChannelSpec(**first)
 
 
 def test_the_hash_names_the_model(original: Path, tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """Objects as images: the layout of the cells, the channels of a cell, the statistics that normalise them."""
 
-from .channels import CHANNEL_NAMES, CHANNELS, Atlas, ChannelSpec, from_atlas, pack
+from .channels import CHANNELS, Atlas, ChannelSpec, from_atlas, pack
 from .layout import PROJECTIONS, AtlasLayout
 from .normalization import Normalization, NormalizationAccumulator, NormalScores, NormalScoresAccumulator
 
 __all__ = [
     "CHANNELS",
-    "CHANNEL_NAMES",
     "PROJECTIONS",
     "Atlas",
     "AtlasLayout",

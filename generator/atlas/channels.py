@@ -91,8 +91,6 @@ class ChannelSpec:
         return cls(**values)
 
 
-# Of the default; an atlas of another specification has other names, see `ChannelSpec.names`.
-CHANNEL_NAMES = ChannelSpec().names
 # Atlases were written so before they said how.
 _UNNAMED_SPEC = ChannelSpec(opacity="identity", rotation="canonical")
 
