@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from generator.atlas.layout import fibonacci_sphere
 from generator.errors import InputError
-from trainer.transport import QUALITIES, assign
+from trainer.transport import MAX_POINTS, QUALITIES, assign
 
 
 def sphere(count: int) -> np.ndarray:
@@ -155,3 +155,69 @@ def test_exact_agrees_with_pots_network_simplex():
     plan = ot.emd([], [], ot.dist(points, targets))
     theirs = ((points - targets[plan.argmax(1)]) ** 2).sum(1).mean()
     assert assign(points, targets, "exact").cost == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_every_quality_keeps_what_it_promises(shape, quality):
+    points, targets = SHAPES[shape](3000), sphere(3000)
+    optimum = assign(points, targets, "exact")
+    result = assign(points, targets, quality)
+    assert 0 <= result.gap <= max(QUALITIES[quality], 1e-12)
+    assert result.lower_bound <= optimum.cost * (1 + 1e-12) <= result.cost * (1 + 2e-12)
+    assert optimum.gap < 1e-12
+
+
+def test_fast_and_high_at_the_size_of_an_atlas():
+    """128 x 128, the paper's size: what the certificate leaves open, and how far from the proven optimum it is."""
+    points, targets = table(16384), sphere(16384)
+    optimum = assign(points, targets, "exact")
+    assert optimum.gap < 1e-12
+    for quality, slack in (("fast", 0.002), ("high", 0.0005)):
+        result = assign(points, targets, quality)
+        assert np.array_equal(np.sort(result.indices), np.arange(16384))
+        assert optimum.cost * (1 - 1e-12) <= result.cost <= optimum.cost * (1 + slack)
+        assert result.gap < slack
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_the_order_of_the_input_does_not_matter(quality):
+    points, targets = table(2000), sphere(2000)
+    shuffle = np.random.default_rng(3).permutation(2000)
+    plain, shuffled = assign(points, targets, quality), assign(points[shuffle], targets, quality)
+    if quality == "exact":
+        assert np.array_equal(shuffled.indices, plain.indices[shuffle])
+    assert shuffled.cost == pytest.approx(plain.cost, rel=2 * QUALITIES[quality] + 1e-12)
+
+
+def test_bounds_hold_against_a_dense_dual():
+    """The certificate against the best one that its own prices allow, computed from the full matrix of costs."""
+    points, targets = clusters(700), sphere(700)
+    result = assign(points, targets, "high")
+    costs = ((points[:, None] - targets[None]) ** 2).sum(2)
+    rows, columns = linear_sum_assignment(costs)
+    assert result.lower_bound <= costs[rows, columns].mean() * (1 + 1e-12)
+    assert costs[np.arange(700), result.indices].mean() == pytest.approx(result.cost, rel=1e-12)
+
+
+@pytest.mark.parametrize("places", [1, 2, 8])
+def test_few_places_many_points(places):
+    """Whole groups of targets cost the same; searches and chains of ties must end."""
+    points = np.random.default_rng(0).normal(size=(places, 3))[np.arange(2048) % places]
+    for quality in QUALITIES:
+        result = assign(points, sphere(2048), quality)
+        assert np.array_equal(np.sort(result.indices), np.arange(2048))
+        assert result.gap <= QUALITIES[quality] + 1e-9
+
+
+def test_points_on_a_line():
+    points = np.zeros((2500, 3))
+    points[:, 0] = np.random.default_rng(0).random(2500)
+    result = assign(points, sphere(2500), "exact")
+    assert np.array_equal(np.sort(result.indices), np.arange(2500)) and result.gap < 1e-9
+
+
+def test_more_points_than_can_be_assigned():
+    many = np.zeros((MAX_POINTS + 1, 3), np.float32)
+    with pytest.raises(InputError, match="1,048,577 are more than the 1,048,576"):
+        assign(many, many)

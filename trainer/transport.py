@@ -4,6 +4,20 @@ The atlas needs it twice: Gaussian centres to the sphere (once per object) and t
 (once per layout). Both are linear assignments under the squared Euclidean cost, which, for fixed sets, is a constant
 minus twice the sum of dot products; so moving or uniformly scaling either set changes the cost but not the assignment.
 
+How it is solved, with memory and time close to linear in N:
+
+1. Coarse to fine. Median splits cut both sets into clusters of eight. The cluster centres are assigned in the same way,
+   clusters that belong together are assigned inside, and swaps between neighbours straighten the borders.
+2. Prices. The potentials of the dual problem are fitted to that assignment: they certify how good it is already.
+3. Auction (Bertsekas 1988), only if that is not good enough. Points outbid each other until none would save more than
+   epsilon elsewhere; the cost is then certified to lie within N epsilon of the optimum. Epsilon falls in steps.
+4. "exact" goes on by shortest augmenting paths (Jonker and Volgenant 1987) until the prices prove the optimum.
+
+Steps 3 and 4 look at a short list of each point's cheapest targets. Beside it stands a limit that no other target
+undercuts; prices make targets dearer only, so the limit stays true, and a list is renewed when it no longer suffices.
+Cheapest targets are found by branch and bound in a tree whose nodes bound the prices by linear functions, which are
+tight because the gradient of the prices over the targets is minus the assigned point (Brenier's map).
+
 Everything here runs on one core: preparing a data set is parallel over objects.
 """
 
@@ -12,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import cg
@@ -20,14 +33,24 @@ from scipy.spatial import cKDTree
 
 from generator.errors import InputError
 
-QUALITIES = ("fast", "high", "exact")
+from .assignment import augment, bid, free, median_split, price_tree, shortlists, swap
 
-_CLUSTER = 8  # points per cluster of the coarse start
-_MAX_CLUSTERS = 1024  # the assignment between clusters is dense and cubic
-_BLOCKS = {"fast": (128, 6), "high": (128, 16)}  # points per block that a sweep solves exactly, sweeps
-_NEIGHBOURS = 16  # targets around each target that 2-opt tries
-_DUAL_NEIGHBOURS = 8  # targets around each target that its potential is fitted to
-_TIGHT = 1e-10  # standardised units; a pair whose reduced cost is larger is taken apart by the exact solver
+# The relative gap, certified, at which each quality is content; 0 is proven optimal, to rounding. It is relative to the cost
+# between the sets brought to one centre and size: that makes the result independent of where an object lies and how
+# large it is, and no other place or size has a smaller cost. For objects in their frame the gap is two to four times smaller.
+QUALITIES = {"fast": 8e-3, "high": 1e-3, "exact": 0.0}
+MAX_POINTS = 2**20  # an atlas of 1,024 x 1,024 cells
+
+_COARSE_GAP = 3e-3  # of the assignments between clusters, whose errors the finer levels cannot undo
+_PATHS_GAP = 3e-4  # where augmenting paths take over from the auction
+_ROUNDING_GAP = 1e-9  # what an exact assignment of coinciding points is content with
+_DIRECT = 256  # so many points are assigned by the dense solver
+_CLUSTER = 8  # points per cluster of the level above
+_SHORTLIST = 64  # targets in the list of a point: reading it costs far less than searching anew
+_SWAP_NEIGHBOURS = 16  # targets around each target that swaps try
+_PRICE_NEIGHBOURS = 8  # targets around each target that its price is fitted to
+_STEP = 5.0  # epsilon falls by this factor from one auction to the next
+_TIGHT = 1e-10  # standardised units; a smaller saving is rounding
 
 
 @dataclass(frozen=True)
@@ -53,13 +76,13 @@ def assign(points: np.ndarray, targets: np.ndarray, quality: str = "fast", seed:
     Args:
         points: [N, D] finite numbers (D = 3 for objects, 2 for the plane).
         targets: [N, D], in the same units.
-        quality: "fast" matches median-split clusters coarse to fine, then improves by 2-opt and by re-solving random
-            blocks exactly; "high" re-solves more and larger blocks; "exact" continues from "fast" by shortest augmenting
-            paths to the proven optimum, in memory linear in N.
-        seed: of the random block directions; the result is a function of the arguments alone.
+        quality: "fast", "high" or "exact": which gap ends the work, see `QUALITIES`. Where most points coincide, "exact" means 1e-9.
+        seed: of the directions in which the sets are cut: 0 along the given axes, which suits furniture, any other turned.
+            The result is a function of the arguments alone.
 
     Raises:
-        InputError: shapes differ, a number is not finite, there are no points, or the quality is unknown.
+        InputError: shapes differ, a number is not finite, there are no points or more than `MAX_POINTS`, or the quality
+            is unknown.
     """
     points, targets = _validated(points, "points"), _validated(targets, "targets")
     if points.shape != targets.shape:
@@ -69,18 +92,16 @@ def assign(points: np.ndarray, targets: np.ndarray, quality: str = "fast", seed:
     offset = points.mean(0) - targets.mean(0)
     points, point_scale = _standardised(points)
     targets, target_scale = _standardised(targets)
-
-    block, sweeps = _BLOCKS["high" if quality == "high" else "fast"]
-    indices = _improved(points, targets, _coarse_to_fine(points, targets), block, sweeps, np.random.default_rng(seed))
-    target_duals = _potentials(points, targets, indices)
-    if quality == "exact":
-        point_duals = _point_potentials(points, targets, target_duals)
-        _shortest_augmenting_paths(points, targets, indices, point_duals, target_duals)
-    bound = _point_potentials(points, targets, target_duals).sum() + target_duals.sum()
-    value = -np.einsum("nd,nd->", points, targets[indices])
+    # Mean squared distance = constant + factor * (sum of -p.t), for every assignment and, by duality, for every bound on it.
     constant = offset @ offset + point_scale**2 * (points**2).sum(1).mean() + target_scale**2 * (targets**2).sum(1).mean()
     factor = 2 * point_scale * target_scale / len(points)
-    cost = max(0.0, float(constant + factor * value))
+    if not points.any() or not targets.any():  # one of the sets is a single place: every assignment costs the same
+        return Assignment(np.arange(len(points)), float(constant), float(constant))
+    if seed:  # turning both sets alike changes nothing but the directions of the cuts
+        rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(points.shape[1],) * 2))[0]
+        points, targets = np.ascontiguousarray(points @ rotation), np.ascontiguousarray(targets @ rotation)
+    indices, bound = _solve(points, targets, QUALITIES[quality])
+    cost = max(0.0, float(constant + factor * _value(points, targets, indices)))
     return Assignment(indices, cost, float(np.clip(constant + factor * bound, 0.0, cost)))
 
 
@@ -91,6 +112,8 @@ def _validated(values: np.ndarray, name: str) -> np.ndarray:
         raise InputError(f"{name} must be an array [N, D] of numbers") from error
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 1:
         raise InputError(f"{name} must be an array [N, D] with at least one row, got {list(values.shape)}")
+    if len(values) > MAX_POINTS:
+        raise InputError(f"{name}: {len(values):,} are more than the {MAX_POINTS:,} that can be assigned; drop the least visible first")
     if not np.isfinite(values).all():
         raise InputError(f"{name} contain NaN or infinity; drop those rows first")
     return values
@@ -103,69 +126,53 @@ def _standardised(values: np.ndarray) -> tuple[np.ndarray, float]:
     return np.ascontiguousarray(values / scale), scale
 
 
+def _solve(points: np.ndarray, targets: np.ndarray, wanted: float) -> tuple[np.ndarray, float]:
+    """Indices [N] whose certified gap is at most `wanted`, and the bound on the sum of -p.t that certifies it."""
+    if len(points) <= _DIRECT:
+        indices = linear_sum_assignment(-points @ targets.T)[1]
+        return indices, _value(points, targets, indices)
+    indices = _coarse_to_fine(points, targets)
+    neighbours = _nearest(targets, _SWAP_NEIGHBOURS)
+    swap(points, targets, indices, neighbours)
+    prices = _fitted_prices(points, targets, indices, neighbours[:, :_PRICE_NEIGHBOURS])
+    # Where most points coincide, paths would wander among equals: there the auction alone goes on until only rounding is left.
+    paths = not wanted and len(np.unique(points, axis=0)) > len(points) / 2
+    aim = wanted or (_PATHS_GAP if paths else _ROUNDING_GAP)
+    step = np.inf
+    while True:
+        owner = np.argsort(indices)
+        tree = price_tree(targets, points[owner], prices)
+        nearest, limits, least = shortlists(points, targets, prices, indices, tree, _SHORTLIST)
+        value, bound = _value(points, targets, indices), float(least.sum() + prices.sum())
+        # The sets have unit mean square, so half the sum of squared distances is N plus the sum of -p.t.
+        cost = max(len(points) + value, _TIGHT)
+        gap = (value - bound) / cost
+        if gap <= aim:
+            break
+        step = max(aim, min(gap / 2, step / _STEP))
+        epsilon = step * cost / len(points)
+        free(points, targets, prices, indices, owner, nearest, limits, epsilon)
+        bid(points, targets, prices, indices, owner, tree, nearest, limits, epsilon)
+    if paths:
+        free(points, targets, prices, indices, owner, nearest, limits, _TIGHT)
+        duals = augment(points, targets, prices, indices, owner, tree, nearest, limits)
+        bound = float(duals.sum() + prices.sum())
+    return indices, bound
+
+
+def _value(points: np.ndarray, targets: np.ndarray, indices: np.ndarray) -> float:
+    return float(-np.einsum("nd,nd->", points, targets[indices]))
+
+
 def _coarse_to_fine(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Match balanced clusters of both sets exactly, then exactly within each pair, then what cluster sizes left over."""
+    """Assign clusters of both sets to each other, then their members."""
     count = len(points)
-    clusters = min(_MAX_CLUSTERS, max(1, count // _CLUSTER))
-    sources, goals = _median_split(points, clusters), _median_split(targets, clusters)
-    centres = np.stack([points[members].mean(0) for members in sources])
-    aims = np.stack([targets[members].mean(0) for members in goals])
-    indices = np.full(count, -1, np.int64)
-    for source, goal in zip(*linear_sum_assignment(-centres @ aims.T), strict=True):
-        rows, columns = linear_sum_assignment(-points[sources[source]] @ targets[goals[goal]].T)
-        indices[sources[source][rows]] = goals[goal][columns]
-    left = np.flatnonzero(indices < 0)
-    if len(left):
-        free = np.setdiff1d(np.arange(count), indices)
-        rows, columns = linear_sum_assignment(-points[left] @ targets[free].T)
-        indices[left[rows]] = free[columns]
-    return indices
-
-
-def _median_split(values: np.ndarray, parts: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
-    """Row indices in `parts` groups of equal size (to within one), by splits across the widest axis.
-
-    With a generator, the first cut is moved by up to half a group, so that repeated calls draw other borders.
-    """
-    order = np.arange(len(values))
-    groups = []
-    stack = [(order, parts)]
-    while stack:
-        members, share = stack.pop()
-        if share == 1:
-            groups.append(members)
-            continue
-        low = share // 2
-        cut = len(members) * low // share
-        if rng is not None:
-            spread = len(members) // (2 * share)
-            cut += int(rng.integers(-spread, spread + 1))
-        local = values[members]
-        axis = int(np.argmax(local.max(0) - local.min(0)))
-        members = members[np.argpartition(local[:, axis], cut)] if 0 < cut < len(members) else members
-        stack.append((members[cut:], share - low))
-        stack.append((members[:cut], low))
-    return [group for group in groups if len(group)]
-
-
-def _improved(
-    points: np.ndarray, targets: np.ndarray, indices: np.ndarray, block: int, sweeps: int, rng: np.random.Generator
-) -> np.ndarray:
-    """The assignment after 2-opt and sweeps that re-solve random blocks exactly; never worse than the one given."""
-    count = len(points)
-    if count == 1:
-        return indices
-    neighbours = _nearest(targets, _NEIGHBOURS)
-    _two_opt(points, targets, indices, neighbours, 50)
-    for sweep in range(sweeps):
-        # Long-range flow needs blocks of near targets, crossings of near points blocks of those: take turns.
-        space = points if sweep % 2 else targets[indices]
-        rotation = np.linalg.qr(rng.normal(size=(space.shape[1],) * 2))[0]
-        for members in _median_split(space @ rotation, max(1, round(count / block)), rng):
-            goals = indices[members]
-            rows, columns = linear_sum_assignment(-points[members] @ targets[goals].T)
-            indices[members[rows]] = goals[columns]
-        _two_opt(points, targets, indices, neighbours, 10)
+    whole = count - count % _CLUSTER  # a few of the last are left to the swaps and prices
+    sources, goals = (median_split(values[:whole], whole // _CLUSTER)[0].reshape(-1, _CLUSTER) for values in (points, targets))
+    goals = goals[_solve(points[sources].mean(1), targets[goals].mean(1), _COARSE_GAP)[0]]
+    indices = np.arange(count)
+    for members, aims, costs in zip(sources, goals, -points[sources] @ targets[goals].transpose(0, 2, 1), strict=True):
+        indices[members] = aims[linear_sum_assignment(costs)[1]]
     return indices
 
 
@@ -174,130 +181,20 @@ def _nearest(values: np.ndarray, count: int) -> np.ndarray:
     return np.ascontiguousarray(cKDTree(values).query(values, k=range(2, min(count + 1, len(values)) + 1))[1])
 
 
-@njit(cache=True)
-def _two_opt(points, targets, indices, neighbours, sweeps):  # pragma: no cover - compiled
-    """Swap the targets of two points while that shortens the way, trying each target's neighbours."""
-    count, dim = points.shape
-    owner = np.empty(count, np.int64)
-    for i in range(count):
-        owner[indices[i]] = i
-    for _ in range(sweeps):
-        swaps = 0
-        for j in range(count):
-            for n in range(neighbours.shape[1]):
-                k = neighbours[j, n]
-                a = owner[j]
-                b = owner[k]
-                gain = 0.0
-                for d in range(dim):
-                    gain -= (points[a, d] - points[b, d]) * (targets[j, d] - targets[k, d])
-                if gain > 1e-12:
-                    indices[a] = k
-                    indices[b] = j
-                    owner[j] = b
-                    owner[k] = a
-                    swaps += 1
-        if swaps == 0:
-            break
+def _fitted_prices(points: np.ndarray, targets: np.ndarray, indices: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Prices [N] of the targets, nearly optimal where the assignment is.
 
-
-def _potentials(points: np.ndarray, targets: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Dual potentials [N] of the targets for costs -p.t, nearly optimal where the assignment is.
-
-    Optimality bounds the difference of two potentials from both sides: the owner p_j of target j must not prefer target
-    k, nor the owner of k target j, so v_k - v_j lies between p_k.(t_j - t_k) and p_j.(t_j - t_k). The potentials are the
+    Optimality bounds the difference of two prices from both sides: the owner p_j of target j must not prefer target k,
+    nor the owner of k target j, so v_k - v_j lies between p_k.(t_j - t_k) and p_j.(t_j - t_k). The prices are the
     least-squares fit to the middle of these bounds over neighbouring targets, which averages out what is not optimal
     yet (relaxing the bounds one by one would spread it).
     """
     count = len(points)
-    if count == 1:
-        return np.zeros(1)
-    neighbours = _nearest(targets, _DUAL_NEIGHBOURS)
     owners = points[np.argsort(indices)]
     j, k = np.repeat(np.arange(count), neighbours.shape[1]), neighbours.ravel()
     middle = 0.5 * ((owners[j] + owners[k]) * (targets[j] - targets[k])).sum(1)
     edges = coo_matrix((np.ones(len(j)), (j, k)), shape=(count, count))
     links = (edges + edges.T).tocsr()
-    system = diags(np.asarray(links.sum(1)).ravel()) - links
+    degrees = np.asarray(links.sum(1)).ravel()
     flow = np.bincount(k, middle, count) - np.bincount(j, middle, count)
-    return cg(system, flow, rtol=1e-4, maxiter=500)[0]
-
-
-def _point_potentials(points: np.ndarray, targets: np.ndarray, potentials: np.ndarray) -> np.ndarray:
-    """The largest u [N] with u_i + v_k <= -p_i.t_k for every pair: a nearest-neighbour search.
-
-    -p.t_k - v_k is, up to what does not depend on k, half the squared distance from (p, 0) to t_k lifted by the height h_k
-    with h_k^2 = const - |t_k|^2 - 2 v_k (the power diagram of the targets), so no matrix of costs is needed.
-    """
-    heights = -(targets**2).sum(1) - 2 * potentials
-    lifted = np.column_stack([targets, np.sqrt(np.maximum(heights - heights.min(), 0))])
-    best = cKDTree(lifted).query(np.column_stack([points, np.zeros(len(points))]))[1]
-    return -(points * targets[best]).sum(1) - potentials[best]
-
-
-@njit(cache=True)
-def _shortest_augmenting_paths(points, targets, indices, duals, potentials):  # pragma: no cover - compiled
-    """Make an assignment optimal, and the potentials prove it (Jonker and Volgenant 1987, with dense Dijkstra).
-
-    Pairs that are not tight under the potentials are taken apart, and each free point finds the cheapest chain of
-    reassignments to a free target. Costs are recomputed, not stored. `indices`, `duals` (of the points) and `potentials`
-    (of the targets) are changed in place.
-    """
-    count, dim = points.shape
-    owner = np.full(count, -1, np.int64)
-    for i in range(count):
-        reduced = -duals[i] - potentials[indices[i]]
-        for d in range(dim):
-            reduced -= points[i, d] * targets[indices[i], d]
-        if reduced > _TIGHT:
-            indices[i] = -1
-        else:
-            owner[indices[i]] = i
-    distance = np.empty(count)
-    previous = np.empty(count, np.int64)
-    remaining = np.empty(count, np.int64)
-    settled = np.empty(count, np.int64)
-    for start in range(count):
-        if indices[start] >= 0:
-            continue
-        for k in range(count):
-            distance[k] = np.inf
-            remaining[k] = k
-        left = count
-        done = 0
-        reach = 0.0
-        i = start
-        while True:
-            best = np.inf
-            at = -1
-            for q in range(left):
-                k = remaining[q]
-                way = reach - duals[i] - potentials[k]
-                for d in range(dim):
-                    way -= points[i, d] * targets[k, d]
-                if way < distance[k]:
-                    distance[k] = way
-                    previous[k] = i
-                if distance[k] < best or (distance[k] == best and owner[k] < 0):
-                    best = distance[k]
-                    at = q
-            j = remaining[at]
-            left -= 1
-            remaining[at] = remaining[left]
-            reach = max(reach, best)
-            if owner[j] < 0:
-                break
-            settled[done] = j
-            done += 1
-            i = owner[j]
-        for q in range(done):
-            k = settled[q]
-            potentials[k] -= reach - distance[k]
-            duals[owner[k]] += reach - distance[k]
-        duals[start] += reach
-        while True:
-            i = previous[j]
-            owner[j] = i
-            j, indices[i] = indices[i], j
-            if i == start:
-                break
+    return cg((diags(degrees) - links).tocsr(), flow, rtol=1e-3, maxiter=500, M=diags(1 / degrees))[0]
