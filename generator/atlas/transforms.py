@@ -79,7 +79,8 @@ def _read_log_covariance(values: Tensor) -> tuple[Tensor, Tensor]:
         (1, 2, middle, high), (0, 2, high, low), (0, 1, low, middle),
     )]  # fmt: skip
     quaternions = _multiply(_matrices_to_quaternions(axes), torch.stack([torch.ones_like(low), *(angle / 2 for angle in turn)], dim=1))
-    # Thickness is told twice, and only by shapes that agree alike: its own channel is surer, the tensor knows how sure.
+    # The thin scale is told twice, alike by every real shape. Of a blurred one the tensor is too thick, for unlike directions mixed in
+    # it, and the channel too thin for a direction that unsure; halfway between lost least. The volume stays.
     mean = (2 * wide + thin) / 3
     thin = (thin + mean + low) / 2
     wide, stretch = (3 * mean - thin) / 2, (high - middle) / 2
