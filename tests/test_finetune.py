@@ -128,6 +128,8 @@ def test_divergence_stops_with_a_reason(tmp_path):
 def test_bad_settings_are_named(tmp_path):
     with pytest.raises(InputError, match="prediction_type"):
         FinetuneConfig(prediction_type="epsilon")
+    with pytest.raises(InputError, match="mixed_precision"):
+        FinetuneConfig(mixed_precision="fp8")
     with pytest.raises(InputError, match="text_dropout"):
         FinetuneConfig(text_dropout=1.0)
     with pytest.raises(InputError, match="cannot read a UNet"):

@@ -34,12 +34,12 @@ def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Pa
     Each shard is written beside its place and renamed, so that a killed run leaves no half shard.
 
     Raises:
-        InputError: the atlases do not share one layout.
+        InputError: the atlases do not share one layout and one specification of their channels.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    layout_id = None
+    first = None
     writer, partial, held = None, None, 0
 
     def close() -> None:
@@ -51,9 +51,11 @@ def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Pa
 
     try:
         for key, atlas, record in samples:
-            layout_id = layout_id or atlas.layout_id
-            if atlas.layout_id != layout_id:
-                raise InputError(f"{key} has layout {atlas.layout_id}, the shard {layout_id}: rebuild all atlases with one layout")
+            first = first or atlas
+            if atlas.layout_id != first.layout_id:
+                raise InputError(f"{key} has layout {atlas.layout_id}, the shard {first.layout_id}: rebuild all atlases with one layout")
+            if atlas.spec != first.spec:
+                raise InputError(f"{key} has other channels than the shard: rebuild all atlases with one specification")
             if writer is None or held == ATLASES_PER_SHARD:
                 close()
                 paths.append(directory / f"atlases-{len(paths):06d}.tar")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from generator.atlas import ChannelSpec
 from generator.errors import InputError
 
 from .finetune import FinetuneConfig
@@ -42,6 +43,8 @@ class Preset:
     size: int = 64  # atlas cells a side: size^2 Gaussians
     projection: str = "equirectangular"  # the paper's; or equal_area
     transport: str = "fast"  # quality of the transport to the sphere: fast, high or exact
+    channels: ChannelSpec = field(default_factory=ChannelSpec)  # how a Gaussian is written into a cell
+    normal_scores: bool = False  # map every channel to normal scores before it is standardised
     normalization: str = "cell"  # statistics for every cell (the paper) or every channel
     recolour: int = 0  # repainted variants of each object that has a dominant colour, with captions that name the new one
     never_recolour: str = ""  # regular expression: objects whose plainest caption contains it keep their colours
@@ -110,7 +113,6 @@ PRESETS = {
             decay_steps=150,
             validation_share=0.0,
             checkpoint_every=200,
-            mixed_precision="bf16",
         ),
         prompts=("an armchair", "a lamp", "a plant", "a bed"),
     ),
@@ -134,7 +136,6 @@ PRESETS = {
             validation_share=0.04,
             checkpoint_every=250,
             channel_weights=(2.0, 1.0, 0.5, 0.5),
-            mixed_precision="bf16",
         ),
         prompts=("an armchair", "a red armchair", "a lamp", "a car", "a plant", "a bed", "a table", "a sofa"),
     ),
@@ -152,7 +153,6 @@ PRESETS = {
             ema_decay=0.9999,
             max_steps=1_000_000,
             warmup_steps=1_000,
-            mixed_precision="bf16",
         ),
     ),
 }

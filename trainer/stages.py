@@ -21,7 +21,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, from_atlas
+from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, NormalScoresAccumulator, from_atlas
 from generator.atlas import pack as pack_atlas
 from generator.errors import InputError, WorkError
 from generator.formats import load, save
@@ -81,8 +81,8 @@ def atlas(preset: Preset, run: Path) -> None:
     kept = [path for path in fits if (score := scores[path.stem]["psnr"]) is None or score >= preset.minimum_psnr]
     _say(f"atlas: {len(kept)} of {len(fits)} fits reach {preset.minimum_psnr} dB on held-out views or are imported")
     (run / "atlases").mkdir(parents=True, exist_ok=True)
-    todo = [(path.stem, path, run / "atlases" / f"{path.stem}.safetensors", layout, preset.transport) for path in kept]
-    todo = [item for item in todo if not _is_current(item[2], layout)]
+    todo = [(path.stem, path, run / "atlases" / f"{path.stem}.safetensors", layout, preset.transport, preset.channels) for path in kept]
+    todo = [item for item in todo if not _is_current(item[2], layout, preset.channels)]
     failures = for_each(_atlas_one, todo, preset.workers, "atlas")
     _report("atlas", len(kept), failures, len(kept) - len(failures))
     records = {record["id"]: record for record in read_records(run / "views")}
@@ -121,34 +121,40 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
         named = [text for text in dict.fromkeys(with_colour(caption, target) for caption in plain) if target in text]
         if not named:  # the name itself holds a colour: "black table"
             continue
-        painted = pack_atlas(captions.recolour(gaussians, colour, target), layout)
+        painted = pack_atlas(captions.recolour(gaussians, colour, target), layout, original.spec)
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 
 
-def _atlas_one(identifier: str, fit_path: Path, output: Path, layout: AtlasLayout, quality: str) -> None:
+def _atlas_one(identifier: str, fit_path: Path, output: Path, layout: AtlasLayout, quality: str, channels: ChannelSpec) -> None:
     from .atlas import to_atlas
 
     torch.set_num_threads(1)
-    result = to_atlas(load(fit_path), layout, quality)
+    result = to_atlas(load(fit_path), layout, quality, spec=channels)
     partial = output.with_suffix(".partial")
     partial.write_bytes(result.encode())
     os.replace(partial, output)
 
 
-def _is_current(path: Path, layout: AtlasLayout) -> bool:
+def _is_current(path: Path, layout: AtlasLayout, channels: ChannelSpec) -> bool:
     """Whether a stored atlas is whole and made as it would be made now."""
     try:
         stored = Atlas.decode(path.read_bytes())
     except (OSError, ValueError):
         return False
-    return (stored.layout_id, stored.spec) == (layout.id, ChannelSpec())
+    return (stored.layout_id, stored.spec) == (layout.id, channels)
 
 
 def stats(preset: Preset, run: Path) -> None:
-    """Mean and deviation of every cell over the shards."""
+    """Mean and deviation of every cell over the shards, if wanted of its normal scores."""
+    scores = None
+    if preset.normal_scores:
+        histograms = NormalScoresAccumulator(preset.channels)
+        for sample, _ in dataset.read_shards(run / "shards"):
+            histograms.update(sample.values)
+        scores = histograms.result()
     accumulator = None
     for sample, layout_id in dataset.read_shards(run / "shards"):
-        accumulator = accumulator or NormalizationAccumulator(layout_id)
+        accumulator = accumulator or NormalizationAccumulator(layout_id, scores)
         accumulator.update(sample.values)
     accumulator.result(preset.normalization).save(run / "normalization.safetensors")
     _say(f"stats: mean and deviation of {accumulator.count} atlases, for every {preset.normalization}")
@@ -214,7 +220,7 @@ def pack(preset: Preset, run: Path) -> None:
     info = {
         "name": f"gaussian-atlas-{preset.name}",
         "version": preset.version,
-        "licence": "CC-BY-3.0" if any(not licence.startswith("CC0") for _, licence in libraries) else "CC0-1.0",
+        "licence": " AND ".join(sorted({licence for _, licence in libraries if not licence.startswith("CC0")})) or "CC0-1.0",
         "trained_on": {
             "objects": len(samples),
             "atlases": len(everything),
@@ -227,7 +233,8 @@ def pack(preset: Preset, run: Path) -> None:
         "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
         "metrics": {"fit_psnr_mean": round(sum(psnrs) / len(psnrs), 2), "fit_psnr_lowest": round(min(psnrs), 2)} if psnrs else {},
         "fold": config.fold,
-        "low_pass": round(preset.views.low_pass, 6),
+        # Imported fits were not made through the low-pass of our views.
+        "low_pass": round(preset.views.low_pass, 6) if psnrs else 0.0,
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
         "inference": {"dtype": "auto", "channels_last": True},
     }
@@ -238,7 +245,7 @@ def pack(preset: Preset, run: Path) -> None:
         text_encoder=encoder,
         layout=AtlasLayout.load_default(preset.size, preset.projection),
         normalization=normalization,
-        channels=ChannelSpec(),
+        channels=samples[0].spec,
         info=info,
         files={"CREDITS.md": _credits(samples).encode()},
     )

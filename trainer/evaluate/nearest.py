@@ -107,7 +107,7 @@ def _signature(values: Tensor, normalization: Normalization) -> Tensor:
 
 
 def _gaussians(sample: Sample, pipeline: GaussianAtlasPipeline) -> Gaussians:
-    return from_atlas(Atlas(sample.values, pipeline.layout.id, pipeline.channels), pipeline.layout)
+    return from_atlas(Atlas(sample.values, pipeline.layout.id, sample.spec), pipeline.layout)
 
 
 def _noun(prompt: str) -> str:
