@@ -10,7 +10,10 @@ from scipy.spatial import cKDTree
 from generator.atlas import PROJECTIONS, AtlasLayout, from_atlas
 from generator.errors import InputError
 from generator.gaussians import Gaussians
-from trainer.atlas import order_by_cell, resize, to_atlas, visibility
+from generator.render import Cameras, render
+from generator.render.ewa import ALPHA_CUT, ALPHA_MAX
+from trainer.atlas import filling_order, order_by_cell, resize, to_atlas, visibility
+from trainer.fit import psnr
 from trainer.transport import assign
 
 
@@ -144,54 +147,147 @@ def test_seed_decides():
     assert torch.equal(to_atlas(gaussians, layout, seed=3).values, to_atlas(gaussians, layout, seed=3).values)
 
 
-def test_too_many_lose_the_least_visible():
-    gaussians = chair(1500)
-    kept = resize(gaussians, 1024)
-    seen = visibility(gaussians).sort(descending=True).values
-    assert len(kept) == 1024
-    assert torch.allclose(visibility(kept).sort(descending=True).values, seen[:1024])
+def moments(gaussians: Gaussians) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is seen of the whole object: its amount, centre, spread and colour."""
+    gaussians = gaussians.to(torch.float64)
+    weights = visibility(gaussians)
+    share = weights / weights.sum()
+    centre = share @ gaussians.means
+    apart = gaussians.means - centre
+    spread = (share[:, None, None] * (gaussians.covariances() + apart[:, :, None] * apart[:, None, :])).sum(0)
+    return weights.sum(), centre, spread, share @ gaussians.colors
 
 
-@pytest.mark.parametrize("count", [1, 7, 600, 1023])
-def test_too_few_are_split(count):
-    gaussians = chair(count)
-    grown = resize(gaussians, 1024)
-    assert len(grown) == 1024 and bool(grown.finite().all())
-    assert grown.opacities.min() > 0 and grown.opacities.max() <= 1
-    reach = 3 * gaussians.scales.max()
-    assert (grown.means.amax(0) <= gaussians.means.amax(0) + reach).all() and (grown.means.amin(0) >= gaussians.means.amin(0) - reach).all()
-    # The largest is no longer as visible as it was.
-    assert visibility(grown).max() < visibility(gaussians).max()
-
-
-@pytest.mark.parametrize("opacity", [0.05, 0.5, 0.9, 1.0])
-def test_a_split_gaussian_looks_the_same(opacity):
-    """Blended transmittance along the long axis, seen from the side, against the one Gaussian."""
-    whole = Gaussians(
-        means=torch.zeros(1, 3),
-        quaternions=torch.tensor([[0.5**0.5, 0, 0, 0.5**0.5]]),  # a quarter turn about Z: the Gaussian's x axis is the world's y
-        scales=torch.tensor([[0.1, 0.02, 0.01]]),
-        opacities=torch.tensor([opacity]),
-        colors=torch.ones(1, 3),
+def sheet(side: int) -> Gaussians:
+    """side^2 discs on a chequered square that faces the front, as wide as their distance, nearly opaque."""
+    steps = (torch.arange(side) + 0.5) / side - 0.5
+    z, x = (grid.flatten() for grid in torch.meshgrid(steps, steps, indexing="ij"))
+    count = side**2
+    dark = ((4 * x).floor() + (4 * z).floor()) % 2
+    return Gaussians(
+        means=torch.stack([x, torch.zeros(count), z], dim=1),
+        quaternions=torch.tensor([[0.5**0.5, 0.5**0.5, 0.0, 0.0]]).repeat(count, 1),
+        scales=torch.tensor([[0.6, 0.6, 0.1]]).repeat(count, 1) / side,
+        opacities=torch.full((count,), 0.9),
+        colors=torch.stack([0.2 + 0.6 * dark, 0.3 + 0 * dark, 0.8 - 0.5 * dark], dim=1),
     )
-    halves = resize(whole, 2)
-    assert halves.means[:, 1].abs().min() > 0.03 and halves.means[:, [0, 2]].abs().max() < 1e-6
-    axis = torch.linspace(-0.4, 0.4, 801)
-
-    def alpha(gaussians):
-        deviation = gaussians.covariances()[:, 1, 1].sqrt()
-        each = gaussians.opacities[:, None] * torch.exp(-0.5 * ((axis - gaussians.means[:, 1:2]) / deviation[:, None]) ** 2)
-        return 1 - (1 - each).prod(0)
-
-    want, got = alpha(whole), alpha(halves)
-    assert (got - want).norm() / want.norm() < 0.1
-    assert got.sum() == pytest.approx(want.sum().item(), rel=0.05)
 
 
-def test_fewer_gaussians_than_cells_fill_the_atlas():
+def psnr_between(gaussians: Gaussians, reference: Gaussians) -> float:
+    """dB between the pictures of both from two sides, on white."""
+    cameras = Cameras.orbit(2, 96, elevation=10, start=-30)
+    return psnr((render(gaussians, cameras).rgb - render(reference, cameras).rgb).square().mean())
+
+
+@pytest.mark.parametrize("count", [1499, 1024, 750, 749, 100, 1])
+def test_merging_keeps_the_moments_of_what_is_seen(count):
+    gaussians = chair(1500)
+    gaussians = gaussians.replace(opacities=gaussians.opacities * 1e-3)  # so low that no merged opacity ends at 1
+    merged = resize(gaussians, count)
+    assert len(merged) == count and merged.means.dtype == torch.float32
+    assert torch.allclose(merged.quaternions.norm(dim=1), torch.ones(count), atol=1e-5)
+    for before, after in zip(moments(gaussians), moments(merged), strict=True):
+        assert torch.allclose(after, before, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [200, 150, 101, 100])
+def test_the_nearest_are_merged_and_the_others_left_alone(count):
+    """A hundred pairs, each wider apart than the one before."""
+    gaussians, generator = chair(200), torch.Generator().manual_seed(1)
+    centres = torch.rand(100, 3, generator=generator).repeat_interleave(2, 0)
+    step = torch.arange(1, 101).repeat_interleave(2)[:, None] * torch.tensor([1e-6, -1e-6]).repeat(100)[:, None]
+    gaussians = gaussians.replace(means=centres + step)
+    merged = resize(gaussians, count)
+    assert len(merged) == count
+    kept = {tuple(row) for row in merged.means.tolist()}
+    alone = [tuple(row) in kept for row in gaussians.means.tolist()]
+    assert alone == [False] * 2 * (200 - count) + [True] * 2 * (count - 100)
+
+
+def test_merging_beats_dropping_the_least_visible():
+    gaussians = sheet(48)
+    merged = resize(gaussians, 48 * 24)
+    dropped = gaussians[visibility(gaussians).argsort(descending=True)[: 48 * 24]]
+    assert psnr_between(merged, gaussians) > 26 > psnr_between(dropped, gaussians) + 6
+
+
+def test_merging_equal_gaussians_changes_nothing_but_their_opacity():
+    one = chair(1)
+    merged = resize(one[torch.zeros(7, dtype=torch.int64)], 1)
+    assert torch.allclose(merged.means, one.means) and torch.allclose(merged.colors, one.colors)
+    assert torch.allclose(merged.covariances(), one.covariances(), rtol=1e-4, atol=1e-9)
+    assert merged.opacities.item() == pytest.approx(min(ALPHA_MAX, 7 * one.opacities.item()))
+
+
+def test_merged_gaussians_are_valid_where_nothing_is_seen_or_has_extent():
+    gaussians = chair(300)
+    for nothing in (gaussians.replace(opacities=torch.zeros(300)), gaussians.replace(scales=torch.zeros(300, 3))):
+        merged = resize(nothing, 100)
+        assert len(merged) == 100 and bool(merged.finite().all())
+        assert merged.opacities.min() >= 0 and merged.opacities.max() <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_filling_order_spreads_any_number_evenly(size):
+    order = filling_order(size)
+    assert torch.equal(order.sort().values, torch.arange(size**2))
+    block = min(size, 4)
+    for count in range(0, size**2 + 1, max(1, size**2 // 37)):
+        filled = torch.zeros(size**2).index_fill(0, order[:count], 1)
+        held = filled.reshape(size // block, block, size // block, block).sum((1, 3))
+        assert held.max() - held.min() <= 1
+
+
+def test_filling_order_of_other_sizes_is_an_order():
+    assert torch.equal(filling_order(5).sort().values, torch.arange(25))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 600, 1023, 1024])
+def test_fewer_gaussians_than_cells_come_back_unchanged(count):
+    """Beside them are transparent ones in the cells that are filled last, like what is next to them."""
     layout = AtlasLayout.load_default(32)
-    back = from_atlas(to_atlas(chair(700), layout), layout)
-    assert len(back) == 1024 and back.opacities.min() > 0
+    gaussians = chair(count)
+    atlas = to_atlas(gaussians, layout)
+    back = from_atlas(atlas, layout)
+    seen = back.opacities >= ALPHA_CUT
+    assert torch.equal(seen.nonzero().squeeze(1), filling_order(32)[:count].sort().values)
+    same = matched(gaussians, back[seen])
+    assert torch.allclose(same.means, gaussians.means, atol=1e-6) and torch.allclose(same.colors, gaussians.colors, atol=1e-6)
+    assert torch.allclose(same.opacities, gaussians.opacities, atol=2e-3)
+    apart, like = cKDTree(gaussians.means.numpy()).query(back.means[~seen].numpy())
+    assert (apart < 1e-6).all() and torch.allclose(back.colors[~seen], gaussians.colors[torch.from_numpy(like)], atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.95])
+def test_the_round_trip_of_fewer_gaussians_loses_nothing(share):
+    layout = AtlasLayout.load_default(32)
+    gaussians = sheet(round(32 * share**0.5))
+    assert len(gaussians) < 1024
+    assert psnr_between(from_atlas(to_atlas(gaussians, layout), layout), gaussians) > 55
+
+
+def test_fewer_gaussians_than_cells_are_as_smooth():
+    layout = AtlasLayout.load_default(32)
+    means = from_atlas(to_atlas(chair(700), layout), layout).means
+    assert locality(means, 32) > 0.6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 1024, 5000])
+def test_gaussians_at_one_point_make_an_atlas(count):
+    layout = AtlasLayout.load_default(32)
+    gaussians = chair(count)
+    back = from_atlas(to_atlas(gaussians.replace(means=torch.full((count, 3), 0.1)), layout), layout)
+    assert len(back) == 1024 and bool(back.finite().all())
+    assert (back.means - 0.1).abs().max() < 1e-6
+
+
+def test_a_million_gaussians_make_an_atlas():
+    layout = AtlasLayout.load_default(32)
+    gaussians = chair(1_000_000)
+    back = from_atlas(to_atlas(gaussians, layout), layout)
+    assert len(back) == 1024 and bool(back.finite().all())
+    assert (back.means.amax(0) - gaussians.means.amax(0)).abs().max() < 0.05
+    assert locality(back.means, 32) > 0.6
 
 
 def test_bad_input():

@@ -1,23 +1,31 @@
-"""Fitted Gaussians to an atlas: exactly N of them, each transported to its cell."""
+"""Fitted Gaussians to an atlas: at most N of them, each transported to its cell, and transparent ones where cells are left."""
 
 from __future__ import annotations
 
 import torch
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from generator.atlas.channels import Atlas, ChannelSpec, pack
 from generator.atlas.layout import AtlasLayout, cell_centres, fibonacci_sphere, project
 from generator.errors import InputError
-from generator.gaussians import Gaussians, quaternions_to_matrices
+from generator.gaussians import Gaussians
+from generator.render.ewa import ALPHA_MAX
 
+from .assignment import median_split
 from .transport import assign
+
+_AT_ONCE = 2**19  # Gaussians merged at once: bounds the working memory
 
 
 def to_atlas(gaussians: Gaussians, layout: AtlasLayout, quality: str = "fast", seed: int = 0, spec: ChannelSpec | None = None) -> Atlas:
     """Store an object's Gaussians in the cells of the layout, neighbours in space beside each other.
 
     The centres are assigned to the points of the unit sphere at the least squared distance (Gaussian Atlas, section
-    3.2), and each sphere point has its cell. Too many or too few Gaussians are first brought to N by `resize`.
+    3.2), and each sphere point has its cell. More than N Gaussians are first merged by `resize`. Fewer leave cells
+    empty, always the same ones for the same number (see `filling_order`); those repeat what is nearest on the sphere,
+    transparent, so that the object looks as it did.
 
     Args:
         gaussians: in the object frame.
@@ -28,8 +36,14 @@ def to_atlas(gaussians: Gaussians, layout: AtlasLayout, quality: str = "fast", s
         InputError: no Gaussians, or a number that is not finite.
     """
     gaussians = resize(gaussians, layout.count)
-    assignment = assign(gaussians.means.detach().cpu().numpy(), layout.sphere.numpy(), quality, seed)
-    return pack(gaussians[order_by_cell(torch.from_numpy(assignment.indices), layout)], layout, spec)
+    points = layout.point_of_cell[filling_order(layout.size)]
+    filled, empty = points[: len(gaussians)].sort().values, points[len(gaussians) :]
+    assignment = assign(gaussians.means.detach().cpu().numpy(), layout.sphere[filled].numpy(), quality, seed)
+    sphere_points = filled[torch.from_numpy(assignment.indices)]
+    nearest = torch.from_numpy(cKDTree(layout.sphere[sphere_points].numpy()).query(layout.sphere[empty].numpy())[1])
+    repeated = gaussians[nearest]
+    gaussians = _concatenate([gaussians, repeated.replace(opacities=torch.zeros_like(repeated.opacities))])
+    return pack(gaussians[order_by_cell(torch.cat([sphere_points, empty]), layout)], layout, spec)
 
 
 def order_by_cell(sphere_points: Tensor, layout: AtlasLayout) -> Tensor:
@@ -54,58 +68,94 @@ def compute_layout(size: int, projection: str, quality: str = "exact") -> AtlasL
     return AtlasLayout(size, projection, sphere, torch.from_numpy(assignment.indices))
 
 
-def resize(gaussians: Gaussians, count: int) -> Gaussians:
-    """Exactly `count` Gaussians that look as much like the given ones as possible.
+def filling_order(size: int) -> Tensor:
+    """All cells [size^2] in the order in which they are filled: any first n of them are spread evenly over the image.
 
-    Of too many, the least visible go (opacity times mean projected area). Of too few, the most visible are split along
-    their longest axis until there are enough: every cell of an atlas then holds something that is seen.
+    It is the order of a Bayer matrix (Bayer 1973, ordered dithering): the last quarter holds one cell of each square of two
+    by two. Empty cells depend on their number alone, so a model need not guess from noise where they are.
+    """
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    rank = torch.zeros(size, size, dtype=torch.int64)
+    for bit in range(max(1, size - 1).bit_length()):
+        row, column = rows >> bit & 1, columns >> bit & 1
+        rank = 4 * rank + 2 * (row ^ column) + row
+    return torch.argsort(rank.flatten(), stable=True)
+
+
+def resize(gaussians: Gaussians, count: int) -> Gaussians:
+    """At most `count` Gaussians that look as much like the given ones as possible; if there are no more, they themselves.
+
+    Median splits pair each Gaussian with a near one, and the nearest pairs become one Gaussian each. Of more than twice
+    as many, `count` groups of neighbours do. Nothing is dropped: a surface that loses Gaussians gets holes.
 
     Raises:
         InputError: there are no Gaussians, a number is not finite, or count is not positive.
     """
-    if len(gaussians) == 0:
+    total = len(gaussians)
+    if total == 0:
         raise InputError("there are no Gaussians; at least one is needed")
     if not bool(gaussians.finite().all()):
         raise InputError(f"{int((~gaussians.finite()).sum())} Gaussians contain NaN or infinity; keep those of Gaussians.finite()")
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    if len(gaussians) > count:
-        keep = torch.argsort(visibility(gaussians), descending=True, stable=True)[:count]
-        return gaussians[keep.sort().values]
-    while (missing := count - len(gaussians)) > 0:
-        # A quarter at a time: a big Gaussian may be split again before a small one is split at all.
-        share = min(missing, max(1, len(gaussians) // 4))
-        order = torch.argsort(visibility(gaussians), descending=True, stable=True)
-        halves = _split(gaussians[order[:share]])
-        gaussians = _concatenate([gaussians[order[share:].sort().values], *halves])
-    return gaussians
+    if total <= count:
+        return gaussians
+    means = gaussians.means.detach().cpu().double()
+    order, starts = (torch.from_numpy(part) for part in median_split(means.numpy(), min(count, (total + 1) // 2)))
+    alone = torch.zeros(total, dtype=torch.bool)
+    if total < 2 * count:
+        pairs = order[starts[:-1][starts.diff() == 2, None] + torch.arange(2)]
+        apart = (means[pairs[:, 0]] - means[pairs[:, 1]]).square().sum(1)
+        order = pairs[torch.argsort(apart, stable=True)[: total - count]].flatten()
+        starts = torch.arange(0, len(order) + 1, 2)
+        alone = alone.logical_not().index_fill(0, order, False)
+    # Whole groups at a time: bounded working memory however many Gaussians there are.
+    step = max(1, _AT_ONCE // int(starts.diff().max()))
+    merged = [
+        _merged(gaussians[order[starts[first] : starts[min(first + step, len(starts) - 1)]]], starts[first : first + step + 1].diff())
+        for first in range(0, len(starts) - 1, step)
+    ]
+    return _concatenate([gaussians[alone], *merged])
 
 
 def visibility(gaussians: Gaussians) -> Tensor:
     """[N] opacity times the mean projected area of the ellipsoid, up to a constant, in squared object units."""
-    a, b, c = gaussians.scales.unbind(1)
-    return gaussians.opacities * (a * b + b * c + c * a)
+    return gaussians.opacities * _area(gaussians.scales)
 
 
-# Two Gaussians half a scale to either side, blended over each other, come closest to the one of which they are made (least
-# squares along the axis) with these shares of its opacity o and its scale; fitted over o, within 0.2 % of the best values.
-_SPLIT_OFFSET = 0.5
-_SPLIT_OPACITY = (0.590, 0.143, 0.070)  # 1, o, o^2
-_SPLIT_SCALE = (0.843, -0.107)  # 1, o
+def _area(scales: Tensor) -> Tensor:
+    a, b, c = scales.unbind(1)
+    return a * b + b * c + c * a
 
 
-def _split(gaussians: Gaussians) -> tuple[Gaussians, Gaussians]:
-    """Two Gaussians for each, along its longest axis, that together look like it."""
-    axis = gaussians.scales.argmax(1, keepdim=True)
-    longest = gaussians.scales.gather(1, axis)
-    direction = quaternions_to_matrices(gaussians.quaternions).gather(2, axis[:, None].expand(-1, 3, 1)).squeeze(2)
-    opacity = gaussians.opacities
-    share = _SPLIT_OPACITY[0] + _SPLIT_OPACITY[1] * opacity + _SPLIT_OPACITY[2] * opacity**2
-    width = _SPLIT_SCALE[0] + _SPLIT_SCALE[1] * opacity
-    scales = gaussians.scales.scatter(1, axis, longest * width[:, None])
-    halves = gaussians.replace(scales=scales, opacities=opacity * share)
-    step = _SPLIT_OFFSET * longest * direction
-    return halves.replace(means=gaussians.means + step), halves.replace(means=gaussians.means - step)
+def _merged(gaussians: Gaussians, sizes: Tensor) -> Gaussians:
+    """One Gaussian for each run of `sizes` [G] Gaussians, with the mean, covariance and colour of what is seen of the run.
+
+    Its opacity keeps opacity times area, as far as renderers let it.
+    """
+    members = gaussians.detach().to("cpu", torch.float64)
+    group = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    weights = visibility(members).clamp_min(1e-30)  # a group in which nothing is seen has a mean too
+    totals = torch.zeros(len(sizes), dtype=weights.dtype).index_add_(0, group, weights)
+    weights = weights / totals[group]
+
+    def mean(values: Tensor) -> Tensor:
+        weighted = weights.reshape(-1, *[1] * (values.ndim - 1)) * values
+        return torch.zeros(len(sizes), *values.shape[1:], dtype=values.dtype).index_add_(0, group, weighted)
+
+    means = mean(members.means)
+    apart = members.means - means[group]
+    squares, axes = torch.linalg.eigh(mean(members.covariances() + apart[:, :, None] * apart[:, None, :]))
+    axes = axes * torch.where(torch.linalg.det(axes) < 0, -1.0, 1.0)[:, None, None]
+    scales = squares.clamp_min(1e-20).sqrt()
+    merged = Gaussians(
+        means=means,
+        quaternions=torch.from_numpy(Rotation.from_matrix(axes.numpy()).as_quat(scalar_first=True)),
+        scales=scales,
+        opacities=(totals / _area(scales)).clamp_max(ALPHA_MAX),
+        colors=mean(members.colors),
+    )
+    return merged.to(gaussians.means)
 
 
 def _concatenate(parts: list[Gaussians]) -> Gaussians:
