@@ -266,8 +266,10 @@ def test_a_release_becomes_shards(tmp_path, capsys):
     assert record["object"] == "1871-9349845" and record["library"] == "GaussianVerse" and record["psnr"] is None
     back = from_atlas(Atlas(samples["1871-9349845"].values, layout.id), layout)
     original = read_fit(root / "1871/9349845/point_cloud.ply")[0]
-    apart = torch.cdist(back.means, original.means).amin(1)
-    assert len(back) == 1024 and apart.max() < 2e-3, "every cell holds a Gaussian of the object"
+    unmoved = torch.cdist(back.means, original.means).amin(1) < 2e-3
+    # 1,100 Gaussians become 1,024: 76 pairs are merged, the 948 others are stored as they were.
+    assert len(back) == 1024 and unmoved.sum() >= 948, "every cell holds a Gaussian of the object, or two of them merged"
+    assert (back.means.amin(0) - original.means.amin(0)).abs().max() < 2e-3, "the box of the object stays"
     assert main(["atlas", "doctor", str(tmp_path / "runs" / "verse" / "shards")]) == 0
     (root / "1871/9349845/point_cloud.ply").unlink()
     assert main(["import-fits", str(root / "1923" / "9611650"), *runs]) == 1
