@@ -18,7 +18,7 @@ from generator.gaussians import Gaussians
 from generator.render import Cameras, render
 from trainer import doctor
 from trainer.__main__ import main
-from trainer.atlas import order_by_cell, to_atlas
+from trainer.atlas import filling_order, order_by_cell, to_atlas
 from trainer.dataset import write_shards
 from trainer.transport import assign
 from trainer.views import Views
@@ -91,7 +91,7 @@ def test_a_good_atlas_is_healthy(atlas):
     assert 0 <= report.transport.gap < 0.03 and report.transport.saving > 0.98
     assert report.locality == pytest.approx(report.possible_locality, rel=0.02)
     assert 0 < report.neighbours.poles <= 1 and 0 < report.neighbours.seam <= 1 and report.neighbours.interior > 0.2
-    assert report.cells == doctor.Cells(0, 0, 0, 0, 0, 0)
+    assert report.cells == doctor.Cells(0, 0, 0, 0, 0, 0, 0)
 
 
 def test_float16_is_healthy_too(atlas):
@@ -172,6 +172,22 @@ def test_points_and_few_transparent_cells_are_counted_but_no_illness(gaussians):
     assert report.healthy and (report.cells.points, report.cells.transparent) == (5, 7)
 
 
+@pytest.mark.parametrize("count", [300, 653, 1023])
+def test_empty_cells_are_no_illness(count):
+    """Fewer Gaussians than cells: the empty ones are told from dead ones, and transport is judged without them."""
+    original = table_with_legs(count)
+    small = to_atlas(original, LAYOUT)
+    report = examined(small, original=original, views=None)
+    assert report.healthy and report.cells == doctor.Cells(SIZE**2 - count, 0, 0, 0, 0, 0, 0)
+    assert 0 <= report.transport.gap < 0.03 and report.transport.saving > 0.98
+    assert [stage.name for stage in report.stages] == ["fit", "atlas", "atlas in float16"] and report.stages[1].psnr > 60
+    assert f"{SIZE**2 - count} empty" in doctor.table(report)
+    order, filled = torch.arange(SIZE**2), filling_order(SIZE)[:count].sort().values
+    order[filled] = filled.flip(0)
+    turned = examined(pack(from_atlas(small, LAYOUT)[order], LAYOUT))
+    assert turned.cells.empty == SIZE**2 - count and turned.transport.saving < 0.9 and not turned.healthy
+
+
 def test_duplicates_are_found_through_float16(gaussians):
     copies = torch.arange(LAYOUT.count)
     copies[:200] = torch.arange(300, 500)
@@ -220,12 +236,12 @@ def test_what_each_stage_loses(gaussians, atlas):
     large = table_with_legs(3 * SIZE**2)
     small = to_atlas(large, LAYOUT)
     stages = examined(small, original=large, views=views_of(large)).stages
-    assert [stage.name for stage in stages] == ["fit", "resized to 1024", "atlas", "atlas in float16"]
+    assert [stage.name for stage in stages] == ["fit", "merged to 1024", "atlas", "atlas in float16"]
     fit, resized, packed, half = (stage.psnr for stage in stages)
     assert fit > 35 > resized + 5 and packed == pytest.approx(resized, abs=0.01) and half == pytest.approx(resized, abs=0.5)
     assert all(stage.psnr_foreground <= stage.psnr for stage in stages)
     reference, *others = examined(small, original=large, views=None).stages
-    assert reference.psnr is None and [stage.name for stage in others] == ["resized to 1024", "atlas", "atlas in float16"]
+    assert reference.psnr is None and [stage.name for stage in others] == ["merged to 1024", "atlas", "atlas in float16"]
     assert 15 < others[0].psnr < 40
     assert [stage.name for stage in examined(atlas).stages] == ["atlas", "atlas in float16"]
     assert examined(replace(atlas, values=atlas.values.half().float()), views=None).stages == []

@@ -149,7 +149,7 @@ def _doctor(arguments: list[str]) -> int:
     parser.add_argument(
         "--layout",
         help="a stored layout such as equirectangular_64, or a layout file (default: the one that an atlas names; for Gaussians the "
-        "largest they fill)",
+        "smallest that holds them)",
     )
     parser.add_argument("--views", type=Path, help="views to score against: a .npz, or a folder of ID.npz (runs/PRESET/views)")
     parser.add_argument("--picture", type=Path, metavar="F.png", help="draw the atlases: at most 8, the sick and the least local first")

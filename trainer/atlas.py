@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
@@ -14,7 +16,7 @@ from generator.gaussians import Gaussians
 from generator.render.ewa import ALPHA_MAX
 
 from .assignment import median_split
-from .transport import assign
+from .transport import Assignment, assign
 
 _AT_ONCE = 2**19  # Gaussians merged at once: bounds the working memory
 
@@ -36,18 +38,35 @@ def to_atlas(gaussians: Gaussians, layout: AtlasLayout, quality: str = "fast", s
         InputError: no Gaussians, or a number that is not finite.
     """
     gaussians = resize(gaussians, layout.count)
-    points = layout.point_of_cell[filling_order(layout.size)]
-    filled, empty = points[: len(gaussians)].sort().values, points[len(gaussians) :]
-    assignment = assign(gaussians.means.detach().cpu().numpy(), layout.sphere[filled].numpy(), quality, seed)
-    sphere_points = filled[torch.from_numpy(assignment.indices)]
-    nearest = torch.from_numpy(cKDTree(layout.sphere[sphere_points].numpy()).query(layout.sphere[empty].numpy())[1])
-    repeated = gaussians[nearest]
-    gaussians = _concatenate([gaussians, repeated.replace(opacities=torch.zeros_like(repeated.opacities))])
-    return pack(gaussians[order_by_cell(torch.cat([sphere_points, empty]), layout)], layout, spec)
+    source, empty, _ = arrange(gaussians.means, layout, quality, seed)
+    cells = gaussians[source]
+    return pack(cells.replace(opacities=cells.opacities.masked_fill(empty, 0)), layout, spec)
+
+
+class Arrangement(NamedTuple):
+    """Which of n <= N Gaussians is in each of the N cells of a layout."""
+
+    source: Tensor  # [N] int64, the Gaussian in each cell; in an empty cell the one that is nearest on the sphere
+    empty: Tensor  # [N] bool
+    assignment: Assignment  # of the Gaussians to the sphere points of the cells that are not empty
+
+
+def arrange(means: Tensor, layout: AtlasLayout, quality: str = "fast", seed: int = 0) -> Arrangement:
+    """Find the cell of each Gaussian centre [n, 3], n <= N, by transport; see `to_atlas`."""
+    filled = filling_order(layout.size)[: len(means)].sort().values
+    points = layout.point_of_cell[filled].sort().values
+    assignment = assign(means.detach().cpu().numpy(), layout.sphere[points].numpy(), quality, seed)
+    source = torch.full((layout.count,), -1)
+    source[filled] = order_by_cell(points[torch.from_numpy(assignment.indices)], layout)
+    empty = source < 0
+    if empty.any():
+        nearest = cKDTree(layout.cell_sphere[filled].numpy()).query(layout.cell_sphere[empty].numpy())[1]
+        source[empty] = source[filled[torch.from_numpy(nearest)]]
+    return Arrangement(source, empty, assignment)
 
 
 def order_by_cell(sphere_points: Tensor, layout: AtlasLayout) -> Tensor:
-    """The Gaussian of each cell [N], given the sphere point of each Gaussian [N].
+    """The Gaussian of each cell [N], given the sphere point of each Gaussian [N]; of n < N Gaussians, of each cell that has one.
 
     Gaussian i lives in cell `cell_of_point[sphere_points[i]]`; the order wanted is the inverse of that map. Any other
     composition of the two permutations yields an atlas that reads back perfectly and is spatial noise.

@@ -29,11 +29,10 @@ from generator.render import Cameras, render
 from generator.render.cameras import RADIUS
 from generator.render.ewa import ALPHA_CUT
 
-from .atlas import order_by_cell, resize, to_atlas
+from .atlas import arrange, filling_order, resize, to_atlas
 from .dataset import read_shards
 from .fit.fit import held_out_psnr, psnr
 from .sources.gaussian_verse import STRAY
-from .transport import assign
 from .views import Views, views_path
 
 NEAREST = 8  # touching cells should be among each other's so many nearest in space
@@ -103,18 +102,18 @@ class Transport:
     saving: float  # share of what the best order saves over a random one: 1 for the best, 0 for a random order
 
 
-def transport_of_cells(means: Tensor, layout: AtlasLayout) -> tuple[Transport, Tensor]:
-    """What the stored order [N, 3] costs, and the order [N] of a fresh transport of the same Gaussians."""
-    points, sphere = means.detach().cpu().double(), layout.cell_sphere.double()
+def transport_of_cells(means: Tensor, layout: AtlasLayout, count: int | None = None) -> tuple[Transport, Tensor]:
+    """What the stored order [N, 3] of `count` Gaussians (by default N) costs, and the cell of each cell's Gaussian in a fresh one [N]."""
+    filled = filling_order(layout.size)[:count].sort().values
+    points, sphere = means[filled].detach().cpu().double(), layout.cell_sphere[filled].double()
     cost = float((points - sphere).square().sum(1).mean())
     random = float(points.square().sum(1).mean() + sphere.square().sum(1).mean() - 2 * points.mean(0) @ sphere.mean(0))
     # The result of transport may depend on the input's order a little; an order that is right already must gain nothing by that.
     shuffle = _shuffle(len(points))
-    assignment = assign(points[shuffle].numpy(), layout.sphere.numpy())
-    bound = min(assignment.lower_bound, cost)
+    fresh = arrange(points[shuffle], layout)
+    bound = min(fresh.assignment.lower_bound, cost)
     saving = (random - cost) / (random - bound) if random > bound else 1.0
-    fresh = shuffle[order_by_cell(torch.from_numpy(assignment.indices), layout)]
-    return Transport(cost, bound, (cost - bound) / cost if cost > 0 else 0.0, saving), fresh
+    return Transport(cost, bound, (cost - bound) / cost if cost > 0 else 0.0, saving), filled[shuffle[fresh.source]]
 
 
 # --- channels and cells -----------------------------------------------------------------------------------------------
@@ -165,7 +164,8 @@ def _variation(image: Tensor) -> Tensor:
 class Cells:
     """Numbers of cells that show nothing, or nothing of their own, or lie where no object is."""
 
-    transparent: int  # opacity below 1/255
+    empty: int  # left transparent because the object has fewer Gaussians than there are cells: the last in `filling_order`
+    transparent: int  # opacity below 1/255, beside these
     points: int  # all three scales at the smallest that is stored
     stray: int  # beyond `STRAY` object lengths from the centre, in any coordinate
     duplicates: int  # as another cell in everything, within float16
@@ -173,17 +173,26 @@ class Cells:
     not_finite: int  # hold NaN or infinity
 
 
+def filled_count(cells: Gaussians) -> int:
+    """How many Gaussians an atlas was made of, given those of its cells [N]: the cells after the last visible one are empty."""
+    visible = cells.opacities[filling_order(math.isqrt(len(cells)))] >= ALPHA_CUT
+    return int(visible.nonzero().amax()) + 1 if visible.any() else len(cells)
+
+
 def cell_defects(atlas: Atlas, layout: AtlasLayout) -> Cells:
     """Count the cells of an atlas that a model should not learn from."""
     gaussians = from_atlas(atlas, layout)
     finite = torch.isfinite(atlas.values).all(0).flatten()
     stored = torch.nan_to_num(atlas.values, 0.0, 0.0, 0.0)
+    invisible = gaussians.opacities < ALPHA_CUT
+    filled = filling_order(layout.size)[: filled_count(gaussians)]
     # Offsets differ between equal Gaussians, everything else is stored alike.
-    contents = torch.cat([gaussians.means, stored[3:].flatten(1).T], dim=1).numpy()
+    contents = torch.cat([gaussians.means, stored[3:].flatten(1).T], dim=1)[filled].numpy()
     twin = cKDTree(contents).query(contents, k=[2], p=np.inf, distance_upper_bound=_ALIKE)[0][:, 0]
     change = (_unique(stored, atlas.spec) - _unique(pack(gaussians, layout, atlas.spec).values, atlas.spec)).abs()
     return Cells(
-        transparent=int((gaussians.opacities < ALPHA_CUT).sum()),
+        empty=layout.count - len(filled),
+        transparent=int(invisible[filled].sum()),
         points=int((gaussians.scales.amax(1) <= atlas.spec.min_scale * 1.05).sum()),
         stray=int((gaussians.means.abs() > STRAY).any(1).sum()),
         duplicates=int(np.isfinite(twin).sum()),
@@ -283,7 +292,7 @@ def examine(case: Case) -> AtlasReport:
         made = f"made with layout {atlas.layout_id} at {report.size} cells a side"
         return replace(report, reasons=[f"{made}, not with {layout.id} at {layout.size}: atlases of two layouts must not be mixed"])
     gaussians = from_atlas(atlas, layout)
-    transport, fresh = transport_of_cells(gaussians.means, layout)
+    transport, fresh = transport_of_cells(gaussians.means, layout, filled_count(gaussians))
     report = replace(
         report,
         projection=layout.projection,
@@ -300,7 +309,9 @@ def examine(case: Case) -> AtlasReport:
 def _stages(case: Case, gaussians: Gaussians) -> list[Stage]:
     stages = []
     if case.original is not None:
-        stages = [("fit", case.original), (f"resized to {len(gaussians)}", resize(case.original, len(gaussians)))]
+        stages = [("fit", case.original)]
+        if len(case.original) > len(gaussians):
+            stages.append((f"merged to {len(gaussians)}", resize(case.original, len(gaussians))))
     stored = case.atlas.values.half().float()
     stages.append(("atlas", gaussians))
     if not torch.equal(stored, case.atlas.values):
@@ -329,7 +340,7 @@ def _reasons(report: AtlasReport) -> list[str]:
         reasons.append(f"Gaussians beyond {STRAY:g} object lengths in {cells.stray} of {count} cells: drop them and transport again")
     for number, what in ((cells.transparent, "show nothing (opacity below 1/255)"), (cells.duplicates, "repeat another cell")):
         if number > _MOST_DEAD * count:
-            reasons.append(f"{number} of {count} cells {what}: bring the object to {count} Gaussians with trainer.atlas.resize")
+            reasons.append(f"{number} of {count} cells {what}: drop such Gaussians and make the atlas anew")
     return reasons
 
 
@@ -370,7 +381,7 @@ def cases(path: Path, layout: AtlasLayout | None = None, views: Path | None = No
     """The atlases of a Gaussian file (transported first), an atlas file, a shard or a folder of shards.
 
     Args:
-        layout: of all of them; else each atlas' own among the stored ones, and for Gaussians the largest that they fill.
+        layout: of all of them; else each atlas' own among the stored ones, and for Gaussians the smallest that holds them all.
         views: a file of views, or a folder of ID.npz, which need not hold every object.
 
     Raises:
@@ -384,7 +395,7 @@ def cases(path: Path, layout: AtlasLayout | None = None, views: Path | None = No
             yield Case(sample.id, atlas, layout or _layout_of(atlas), None, _views_of(sample.id, views) if own else None)
     elif path.suffix.lower() in SUFFIXES:
         original = load(path)
-        chosen = layout or _largest_filled(len(original))
+        chosen = layout or _smallest_that_holds(len(original))
         yield Case(path.stem, to_atlas(original, chosen), chosen, original, _views_of(path.stem, views))
     else:
         atlas = load_atlas(path)
@@ -405,9 +416,9 @@ def load_atlas(path: Path) -> Atlas:
         raise InputError(f"{path}: not an atlas ({error}); give {', '.join(SUFFIXES)}, an atlas, a shard or a folder of shards") from error
 
 
-def _largest_filled(count: int) -> AtlasLayout:
+def _smallest_that_holds(count: int) -> AtlasLayout:
     sizes = sorted({int(path.stem.split("_")[-1]) for path in _stored()})
-    return AtlasLayout.load_default(max([size for size in sizes if size**2 <= count], default=sizes[0]))
+    return AtlasLayout.load_default(min([size for size in sizes if size**2 >= count], default=sizes[-1]))
 
 
 def _views_of(name: str, views: Path | None) -> Views | None:
@@ -483,6 +494,7 @@ _MEASURES: list[tuple[str, Callable[[AtlasReport], float], Callable]] = [
     ("neighbours kept, interior", lambda report: report.neighbours.interior, min),
     ("neighbours kept, poles", lambda report: report.neighbours.poles, min),
     ("neighbours kept, seam", lambda report: report.neighbours.seam, min),
+    ("empty cells", lambda report: report.cells.empty, max),
     ("transparent cells", lambda report: report.cells.transparent, max),
     ("point cells", lambda report: report.cells.points, max),
     ("stray cells", lambda report: report.cells.stray, max),
@@ -531,7 +543,7 @@ def table(report: AtlasReport) -> str:
             f"  locality    {report.locality:.3f}, a fresh transport {report.possible_locality:.3f}",
             f"  neighbours  {n.everywhere:.0%} of touching cells are among the {NEAREST} nearest in space: "
             f"interior {n.interior:.0%}, poles {n.poles:.0%}, seam {n.seam:.0%}",
-            f"  cells       {c.transparent} transparent, {c.points} points, {c.stray} stray, {c.duplicates} duplicates, "
+            f"  cells       {c.empty} empty, {c.transparent} transparent, {c.points} points, {c.stray} stray, {c.duplicates} duplicates, "
             f"{c.clipped} out of range, {c.not_finite} not finite",
         ]
     lines += ["", *_indented(_channel_rows(report.channels))]
