@@ -74,6 +74,11 @@ class Gaussians:
         return half @ half.transpose(1, 2)
 
 
+def concatenate(parts: list[Gaussians]) -> Gaussians:
+    """One set of all Gaussians of the parts, in their order; there must be one part at least, all of one dtype and device."""
+    return Gaussians(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Gaussians)})
+
+
 def quaternions_to_matrices(quaternions: Tensor) -> Tensor:
     """Rotation matrices [..., 3, 3] of quaternions [..., 4] (w, x, y, z); normalised first."""
     w, x, y, z = torch.nn.functional.normalize(quaternions, dim=-1).unbind(-1)

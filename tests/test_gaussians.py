@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from generator.errors import InputError
-from generator.gaussians import Gaussians, quaternions_to_matrices
+from generator.gaussians import Gaussians, concatenate, quaternions_to_matrices
 
 
 def some(count: int = 5) -> Gaussians:
@@ -54,3 +54,10 @@ def test_selection_and_finite_mask():
     broken = gaussians.replace(scales=gaussians.scales.index_fill(0, torch.tensor([2]), float("nan")))
     assert broken.finite().tolist() == [True, True, False, True, True]
     assert len(broken[broken.finite()]) == 4 and len(broken[:0]) == 0 and broken[:0].finite().shape == (0,)
+
+
+def test_parts_of_a_set_make_the_set_again():
+    whole = some(7)
+    again = concatenate([whole[:2], whole[2:2], whole[2:]])
+    for field in dataclasses.fields(Gaussians):
+        assert torch.equal(getattr(again, field.name), getattr(whole, field.name))

@@ -12,7 +12,7 @@ from torch import Tensor
 from generator.atlas.channels import Atlas, ChannelSpec, pack
 from generator.atlas.layout import AtlasLayout, cell_centres, fibonacci_sphere, project
 from generator.errors import InputError
-from generator.gaussians import Gaussians
+from generator.gaussians import Gaussians, concatenate
 from generator.render.ewa import ALPHA_MAX
 
 from .assignment import median_split
@@ -134,7 +134,7 @@ def resize(gaussians: Gaussians, count: int) -> Gaussians:
         _merged(gaussians[order[starts[first] : starts[min(first + step, len(starts) - 1)]]], starts[first : first + step + 1].diff())
         for first in range(0, len(starts) - 1, step)
     ]
-    return _concatenate([gaussians[alone], *merged])
+    return concatenate([gaussians[alone], *merged])
 
 
 def visibility(gaussians: Gaussians) -> Tensor:
@@ -175,8 +175,3 @@ def _merged(gaussians: Gaussians, sizes: Tensor) -> Gaussians:
         colors=mean(members.colors),
     )
     return merged.to(gaussians.means)
-
-
-def _concatenate(parts: list[Gaussians]) -> Gaussians:
-    names = ("means", "quaternions", "scales", "opacities", "colors")
-    return Gaussians(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
