@@ -14,6 +14,7 @@ from trainer.views import Views
 # Depth jumps by more than this many pixel widths across one pixel at a silhouette: such a sample floats between surfaces.
 _SILHOUETTE = 4.0
 _NEIGHBOURS = 6
+_LEAF = 128  # points in a leaf of the tree of candidates
 
 
 def surface_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -40,23 +41,53 @@ def surface_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate(points).astype(np.float32), normals, np.concatenate(colors)
 
 
-@numba.njit(cache=True)
 def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
-    """Indices [count] of points [P, 3] chosen greedily, each the farthest from those before (Gonzalez 1985)."""
+    """Indices [count] of points [P, 3] chosen greedily, each the farthest from those before (Gonzalez 1985).
+
+    Exact, but a new choice only looks at the leaves of a k-d tree that it can be nearer to than what they have.
+    """
+    tree = cKDTree(points, leafsize=_LEAF)
+    starts, pending = [], [tree.tree]
+    while pending:
+        node = pending.pop()
+        if node.lesser is None:
+            starts.append(node.start_idx)
+        else:
+            pending += [node.greater, node.lesser]
+    order = tree.indices
+    starts = np.array(starts, np.int64)
+    placed = np.ascontiguousarray(points[order], np.float32)
+    lowest, highest = np.minimum.reduceat(placed, starts), np.maximum.reduceat(placed, starts)
+    first = int(np.flatnonzero(order == 0)[0])
+    return order[_farthest(placed, np.append(starts, len(points)), lowest, highest, first, count)]
+
+
+@numba.njit(cache=True)
+def _farthest(points, starts, lowest, highest, first, count):
     chosen = np.empty(count, np.int64)
-    nearest = np.full(points.shape[0], np.inf, np.float32)
-    current = 0
+    leaves = len(lowest)
+    nearest = np.full(len(points), np.inf, np.float32)
+    farthest = np.full(leaves, np.inf, np.float32)  # of each leaf: the largest `nearest` and which point has it
+    holder = starts[:-1].copy()
+    current = first
     for k in range(count):
         chosen[k] = current
-        x, y, z = points[current, 0], points[current, 1], points[current, 2]
+        x, y, z = points[current]
         best, following = np.float32(-1), 0
-        for i in range(points.shape[0]):
-            dx, dy, dz = points[i, 0] - x, points[i, 1] - y, points[i, 2] - z
-            distance = dx * dx + dy * dy + dz * dz
-            if distance < nearest[i]:
-                nearest[i] = distance
-            if nearest[i] > best:
-                best, following = nearest[i], i
+        for leaf in range(leaves):
+            dx = max(lowest[leaf, 0] - x, x - highest[leaf, 0], np.float32(0))
+            dy = max(lowest[leaf, 1] - y, y - highest[leaf, 1], np.float32(0))
+            dz = max(lowest[leaf, 2] - z, z - highest[leaf, 2], np.float32(0))
+            if dx * dx + dy * dy + dz * dz < farthest[leaf]:
+                largest, where = np.float32(-1), starts[leaf]
+                for i in range(starts[leaf], starts[leaf + 1]):
+                    dx, dy, dz = points[i, 0] - x, points[i, 1] - y, points[i, 2] - z
+                    nearest[i] = min(nearest[i], dx * dx + dy * dy + dz * dz)
+                    if nearest[i] > largest:
+                        largest, where = nearest[i], i
+                farthest[leaf], holder[leaf] = largest, where
+            if farthest[leaf] > best:
+                best, following = farthest[leaf], holder[leaf]
         current = following
     return chosen
 
@@ -72,7 +103,7 @@ def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
     points, normals, colors = surface_points(views)
     if len(points) < count:
         raise InputError(f"the views show only {len(points)} surface samples, fewer than the {count} Gaussians asked for; use larger views")
-    # Farthest-point sampling is linear in the candidates; a dozen for each Gaussian is even enough.
+    # A dozen candidates for each Gaussian are even enough.
     generator = np.random.default_rng(seed)
     candidates = generator.permutation(len(points))[: 12 * count]
     chosen = candidates[farthest_points(points[candidates], count)]
