@@ -1,0 +1,188 @@
+"""The farm on processes of this machine and on a Ray cluster of two nodes: failures, killed workers, killed drivers, back-pressure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from generator.errors import InputError, WorkError
+from trainer.farm import append_records, for_each, read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def note(folder: Path, text: str) -> None:
+    with open(folder / "calls.txt", "a") as file:
+        file.write(text + "\n")
+
+
+def calls(folder: Path) -> Counter:
+    return Counter((folder / "calls.txt").read_text().split())
+
+
+def work(identifier: str, folder: Path) -> dict | None:
+    """Leaves a file; some ids have a fate of their own."""
+    note(folder, identifier)
+    if identifier.startswith("bad"):
+        raise WorkError("nothing of it\nshows")
+    if identifier.startswith("odd"):
+        return {"psnr": object()}
+    first = not (folder / f"{identifier}.tried").exists()
+    (folder / f"{identifier}.tried").touch()
+    if identifier.startswith("deadly") or (identifier.startswith("killed") and first):
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / f"{identifier}.done").touch()
+    if identifier.startswith("plain"):
+        return None
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_WAIT_POLICY")}
+    return {"seconds": {"fit": 1.5, "atlas": 0.5}, "bytes": {"fits": 7}, "psnr": 30.25, "pid": os.getpid(), "threads": threads}
+
+
+def hang(identifier: str) -> None:
+    while True:
+        pass
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a Ray cluster of two nodes on this machine, with one core each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray.cluster_utils import Cluster
+
+    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
+    cluster.add_node(**{name: value for name, value in options.items() if name != "include_dashboard"})
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(params=["processes", "cluster"])
+def address(request):
+    return request.getfixturevalue("cluster") if request.param == "cluster" else ""
+
+
+def farm(folder: Path, names: list[str], address: str = "", workers: int = 2, **options) -> dict[str, str]:
+    items = [(name, folder) for name in names]
+    return for_each(work, items, workers, "fit", progress=False, records=folder / "records.jsonl", address=address, **options)
+
+
+def test_every_object_ends_once_and_only_the_one_in_hand_is_repeated(tmp_path, address):
+    names = ["a", "bad", "b", "killed", "c", "deadly", "plain", "odd", "d"]
+    failures = farm(tmp_path, names, address)
+    assert set(failures) == {"bad", "deadly", "odd"}
+    assert failures["bad"] == "WorkError: nothing of it shows" and "JSON" in failures["odd"]
+    assert "died 3 times" in failures["deadly"]
+
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == sorted(names), "one record an object"
+    assert calls(tmp_path) == Counter(names) + Counter({"killed": 1, "deadly": 2}), "nothing else was repeated"
+    records = {line["id"]: line for line in lines}
+    assert {name: records[name]["attempts"] for name in names} == {**dict.fromkeys(names, 1), "killed": 2, "deadly": 3}
+    assert records["killed"]["status"] == "ok" and records["deadly"]["status"] == records["bad"]["status"] == "failed"
+    good = records["a"]
+    assert good["stage"] == "fit" and good["reason"] == "" and good["node"] and good["wall"] >= 0
+    assert good["seconds"] == {"fit": 1.5, "atlas": 0.5} and good["bytes"] == {"fits": 7} and good["scores"]["psnr"] == 30.25
+    assert good["scores"]["threads"] == {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert list(records["plain"]["seconds"]) == ["fit"], "work that says nothing is timed as a whole"
+    assert good["scores"]["pid"] != os.getpid()
+
+
+def test_a_hung_object_is_ended(tmp_path):
+    failures = for_each(hang, [("loop",)], 1, "fit", progress=False, attempts=1, limit=1.0)
+    assert "limit of 1 s" in failures["loop"]
+
+
+def test_items_are_drawn_as_workers_become_free(tmp_path, address):
+    """However many items there are, few of them are in memory."""
+    drawn, lead = 0, []
+
+    def items():
+        nonlocal drawn
+        for number in range(40):
+            drawn += 1
+            done = len((tmp_path / "records.jsonl").read_text().splitlines()) if (tmp_path / "records.jsonl").exists() else 0
+            lead.append(drawn - done)
+            yield f"{number}", tmp_path
+
+    assert for_each(work, items(), 2, "fit", progress=False, records=tmp_path / "records.jsonl", address=address) == {}
+    assert drawn == 40 and max(lead) <= 4
+
+
+@pytest.mark.parametrize("kind", ["processes", "cluster"])
+def test_a_killed_driver_resumes_and_loses_only_what_was_in_hand(tmp_path, kind, request):
+    address = request.getfixturevalue("cluster") if kind == "cluster" else ""
+    names = [f"n{number}" for number in range(60)]
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom tests.test_farm import slow\nfrom trainer.farm import for_each\n"
+        "folder = Path(sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    items = [(f'n{n}', folder) for n in range(60)]\n"
+        "    for_each(slow, items, 2, 'fit', False, records=folder / 'records.jsonl', address=sys.argv[2])\n"
+    )
+    script = tmp_path / "driver.py"
+    script.write_text(code)
+    driver = subprocess.Popen([sys.executable, script, tmp_path, address], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    records = tmp_path / "records.jsonl"
+    while not records.exists() or len(records.read_text().splitlines()) < 5:
+        assert driver.poll() is None, "the driver must not end by itself"
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    # What the worst moment leaves: half a line.
+    with open(records, "a") as file:
+        file.write('{"id": "n5')
+    done = {record["id"] for record in read_records(records)}
+    assert 5 <= len(done) < 60
+    # Workers of the killed driver may still end the object in their hand.
+    time.sleep(0.5)
+    before = calls(tmp_path)
+    assert len(set(before) - done) <= 2, "no more than one object a worker was in hand"
+    assert farm(tmp_path, [name for name in names if name not in done], address) == {}
+    ids = [record["id"] for record in read_records(records)]
+    assert sorted(ids) == sorted(names), "the cut line swallowed no record"
+    repeated = calls(tmp_path) - Counter(names)
+    assert set(repeated) <= set(before) - done and sum(repeated.values()) <= 2
+
+
+def slow(identifier: str, folder: Path) -> dict | None:
+    time.sleep(0.05)
+    return work(identifier, folder)
+
+
+def test_a_journal_keeps_the_last_word_and_survives_damage(tmp_path):
+    path = tmp_path / "records.jsonl"
+    assert read_records(path) == []
+    append_records(path, [{"id": "a", "stage": "fit", "status": "failed"}, {"id": "ä", "stage": "fit", "status": "ok"}])
+    with open(path, "ab") as file:
+        file.write(b'[1]\n"text"\n{"stage": "fit"}\n\xff\xfe\n{"id": "cut')
+    append_records(path, [{"id": "a", "stage": "fit", "status": "ok"}, {"id": "a", "stage": "atlas", "status": "ok"}])
+    found = [(record["id"], record["stage"], record["status"]) for record in read_records(path)]
+    assert found == [("a", "fit", "ok"), ("ä", "fit", "ok"), ("a", "atlas", "ok")]
+
+
+@pytest.mark.parametrize(
+    "address,message", [("127.0.0.1:1", "no Ray cluster answers"), ("nowhere", "HOST:PORT"), ("ray://127.0.0.1:1", "HOST:PORT")]
+)
+def test_a_wrong_address_is_one_clear_line(tmp_path, address, message, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(InputError, match=message) as caught:
+        farm(tmp_path, ["a"], address)
+    assert "--address" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_to_do_starts_nothing(tmp_path):
+    assert for_each(work, [], 2, "fit", address="127.0.0.1:1") == {}
+    with pytest.raises(InputError, match="workers"):
+        for_each(work, [("a", tmp_path)], -1, "fit")
