@@ -1,5 +1,7 @@
 """Fitting Gaussians to the views of one object."""
 
-from .fit import FitConfig, FitResult, fit, psnr
+from .config import STRATEGIES, FitConfig
+from .fit import FitResult, fit
+from .scores import Scores, psnr, score
 
-__all__ = ["FitConfig", "FitResult", "fit", "psnr"]
+__all__ = ["STRATEGIES", "FitConfig", "FitResult", "Scores", "fit", "psnr", "score"]

@@ -1,39 +1,32 @@
-"""The fit of one object: a fixed number of Gaussians, from the seen surface, optimised against the views."""
+"""The fit of one object: Gaussians from the seen surface, optimised against the views."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from generator.errors import WorkError
+from generator.errors import InputError, WorkError
 from generator.gaussians import Gaussians
-from generator.render import cpu
+from generator.render import Cameras
+from generator.render.ewa import pixel_boxes, project
 from trainer.views import Views
 
+from .config import FitConfig
 from .initialize import initialize
-from .losses import ssim
-from .rasterize import rasterize
+from .losses import ssim, volume
+from .perceptual import perceptual
+from .rasterize import _Composite
+from .scores import held_out_psnr, psnr, score
 
+__all__ = ["FitConfig", "FitResult", "fit", "held_out_psnr", "psnr"]
 
-@dataclass(frozen=True)
-class FitConfig:
-    """How one object is fitted. Rates are per Adam step."""
-
-    count: int = 4096  # Gaussians; a bound and an aim at once, so that every atlas cell holds a live one
-    steps: int = 150  # optimisation steps, one view each; 0 keeps the surface initialisation
-    means_rate: float = 4e-4  # object lengths
-    quaternions_rate: float = 2e-3
-    scales_rate: float = 1.5e-2  # log units
-    opacities_rate: float = 4e-2  # logit units
-    colors_rate: float = 1e-2  # display values
-    ssim_weight: float = 0.2  # share of 1 - SSIM in the photometric loss (Kerbl et al. 2023, eq. 7)
-    alpha_weight: float = 0.5  # L1 on the coverage
-    scale_weight: float = 0.02  # on the mean scale over the initial one: keeps Gaussians from growing needles
-    opacity_weight: float = 0.002  # pulls towards opaque: a surface of few, solid splats is easier to learn
-    seed: int = 0
+# Random training views whose blended weights tell how visible a Gaussian is.
+_WEIGHED_VIEWS = 8
 
 
 @dataclass(frozen=True)
@@ -43,109 +36,201 @@ class FitResult:
     gaussians: Gaussians
     psnr: float  # dB over held-out views, whole picture on white
     psnr_foreground: float  # dB over held-out pixels that the object covers
-    seconds: float
+    seconds: float  # of the fit, without the scores
+    ssim: float = float("nan")  # mean over held-out views
+    perceptual: float | None = None  # mean distance over held-out views; None where nothing can measure it
+    perceptual_name: str = ""  # what measured it: lpips or st_lpips
 
 
-def fit(views: Views, config: FitConfig = FitConfig()) -> FitResult:  # noqa: B008 - frozen, so sharing it is safe
-    """Fit `config.count` Gaussians to the training views; score on the held-out ones.
+def fit(
+    views: Views,
+    config: FitConfig = FitConfig(),  # noqa: B008 - frozen, so sharing it is safe
+    observe: Callable[[int, Gaussians], None] | None = None,
+) -> FitResult:
+    """Fit Gaussians to the training views; score on the held-out ones.
+
+    Args:
+        observe: called with the number of steps done and the Gaussians, after each step.
 
     Raises:
         InputError: the views show too little.
-        WorkError: the optimisation diverged.
+        WorkError: the optimisation diverged, or a perceptual loss is asked for and cannot be had.
     """
     start = time.perf_counter()
+    # Everything is drawn from one seed, and the caller's random numbers stay as they were.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        gaussians = _optimise(views.select("train"), config, observe or (lambda step, gaussians: None))
+    seconds = time.perf_counter() - start
+    if not gaussians.finite().all():
+        raise WorkError("the fit diverged: some Gaussians are not finite; lower the learning rates")
+    return FitResult(gaussians, seconds=seconds, **vars(score(gaussians, views)))
+
+
+def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None]) -> Gaussians:
+    if not len(views):
+        raise InputError("the views hold no training view: nothing can be fitted")
     initial = initialize(views, config.count, config.seed)
-    train = [view for view, split in enumerate(views.split) if split == "train"]
-    targets = [_target(views, view) for view in train]
-    raw = _Parameters(initial)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [raw.means], "lr": config.means_rate},
-            {"params": [raw.quaternions], "lr": config.quaternions_rate},
-            {"params": [raw.log_scales], "lr": config.scales_rate},
-            {"params": [raw.logit_opacities], "lr": config.opacities_rate},
-            {"params": [raw.colors], "lr": config.colors_rate},
-        ],
-        eps=1e-15,
-    )
-    rates = [group["lr"] for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(config.seed)
+    params, optimizers = _parameters(initial), {}
+    for name, rate in _rates(config).items():
+        optimizers[name] = torch.optim.Adam([params[name]], lr=rate, eps=1e-15)
+    strategy = None
+    if config.strategy != "fixed":
+        from .strategies import strategy_for
+
+        strategy = strategy_for(config, lambda: _weights(activate(params).detach(), views))
+        strategy.check_sanity(params, optimizers)
+        state = strategy.initialize_state()
+    targets = [_target(views, view) for view in range(len(views))]
+    losses = _Losses(config, initial)
     queue: list[int] = []
-    largest = initial.scales.amax(1)
     for step in range(config.steps):
         # Half a cosine to a tenth of the rate: the last steps settle.
         decay = 0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / config.steps)).item())
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * decay
-        queue = queue or torch.randperm(len(train), generator=generator).tolist()
-        index = queue.pop()
-        target_rgb, target_alpha = targets[index]
-        cameras, view = views.cameras, train[index]
-        gaussians = raw.gaussians()
-        rgb, alpha = rasterize(gaussians, cameras.viewmats[view], cameras.Ks[view], cameras.width, cameras.height)
+        for name, rate in _rates(config).items():
+            optimizers[name].param_groups[0]["lr"] = rate * decay
+        queue = queue or torch.randperm(len(views)).tolist()
+        view = queue.pop()
+        gaussians = activate(params)
+        drawn = _draw(gaussians, views.cameras, view)
+        info = {
+            "means2d": drawn.means2d,
+            "radii": drawn.radii[..., None].expand(-1, -1, 2),
+            "width": views.cameras.width,
+            "height": views.cameras.height,
+            "n_cameras": 1,
+            "gaussian_ids": None,
+        }
+        if strategy:
+            strategy.step_pre_backward(params, optimizers, state, step, info)
+        loss = losses(gaussians, drawn, *targets[view], step)
+        if hasattr(strategy, "regularizer"):
+            loss = loss + strategy.regularizer(gaussians.opacities, gaussians.scales)
+        loss.backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if strategy:
+            strategy.step_post_backward(params, optimizers, state, step, info)
+        with torch.no_grad():
+            observe(step + 1, activate(params).detach())
+    gaussians = activate(params).detach()
+    return gaussians[gaussians.opacities >= config.minimum_opacity] if strategy else gaussians
+
+
+def _rates(config: FitConfig) -> dict[str, float]:
+    return {
+        "means": config.means_rate,
+        "quats": config.quaternions_rate,
+        "scales": config.scales_rate,
+        "opacities": config.opacities_rate,
+        "colors": config.colors_rate,
+    }
+
+
+def _parameters(gaussians: Gaussians) -> dict[str, torch.nn.Parameter]:
+    """Raw, unbounded leaves under gsplat's names."""
+    raw = {
+        "means": gaussians.means.clone(),
+        "quats": gaussians.quaternions.clone(),
+        "scales": torch.log(gaussians.scales),
+        "opacities": torch.logit(gaussians.opacities, eps=1e-4),
+        "colors": gaussians.colors.clone(),
+    }
+    return {name: torch.nn.Parameter(value) for name, value in raw.items()}
+
+
+def activate(params: dict[str, torch.nn.Parameter]) -> Gaussians:
+    """The Gaussians that raw parameters stand for; differentiable."""
+    return Gaussians(
+        means=params["means"],
+        quaternions=torch.nn.functional.normalize(params["quats"], dim=-1),
+        scales=torch.exp(params["scales"].clamp(-9.0, -1.5)),
+        opacities=torch.sigmoid(params["opacities"]),
+        # The gradient passes the clamp as if it were not there: a colour at its bound can come back.
+        colors=params["colors"] + (params["colors"].clamp(0, 1) - params["colors"]).detach(),
+    )
+
+
+class _Drawn(NamedTuple):
+    rgb: Tensor  # [H, W, 3] premultiplied
+    alpha: Tensor  # [H, W]
+    means2d: Tensor  # [1, N, 2] pixels, part of the graph
+    radii: Tensor  # [1, N] pixels, 0 where not visible
+
+
+def _draw(gaussians: Gaussians, cameras: Cameras, view: int) -> _Drawn:
+    """One view, differentiable."""
+    size = (cameras.width, cameras.height)
+    projected = project(
+        gaussians.means, gaussians.quaternions, gaussians.scales, gaussians.opacities, cameras.viewmats[view], cameras.Ks[view], size
+    )
+    with torch.no_grad():
+        boxes = pixel_boxes(projected, size)
+        order = torch.argsort(projected.depths, stable=True)
+        order = order[boxes[order, 2] > boxes[order, 0]]
+        radii = projected.extents.amax(1) * (boxes[:, 2] > boxes[:, 0])
+    means2d = projected.means[None]
+    rgb, alpha = _Composite.apply(
+        means2d[0], projected.conics, gaussians.opacities, gaussians.colors, order, boxes, cameras.height, cameras.width
+    )
+    return _Drawn(rgb, alpha, means2d, radii[None])
+
+
+def _weights(gaussians: Gaussians, views: Views) -> Tensor:
+    """Mean blended weight [N] of each Gaussian in random views: the slope of all pixels' colour in its colour."""
+    chosen = torch.randperm(len(views))[:_WEIGHED_VIEWS].tolist()
+    with torch.enable_grad():
+        colors = gaussians.colors.clone().requires_grad_()
+        red = sum(_draw(gaussians.replace(colors=colors), views.cameras, view).rgb[..., 0].sum() for view in chosen)
+        return torch.autograd.grad(red, colors)[0][:, 0] / len(chosen)
+
+
+class _Losses:
+    """What a step minimises."""
+
+    def __init__(self, config: FitConfig, initial: Gaussians) -> None:
+        self.config = config
+        largest = initial.scales.amax(1)
+        # A set that changes has no initial scale for each of its Gaussians: their mean serves.
+        self.largest = largest if config.strategy == "fixed" else largest.mean()
+        self.perceptual = perceptual() if config.perceptual_weight else None
+        if config.perceptual_weight and self.perceptual is None:
+            raise WorkError("fit.perceptual_weight needs lpips or stlpips-pytorch: install one, or set it to 0")
+
+    def __call__(self, gaussians: Gaussians, drawn: _Drawn, rgb: Tensor, alpha: Tensor, step: int) -> Tensor:
+        """The loss against a target, premultiplied rgb [H, W, 3] and alpha [H, W]."""
+        config = self.config
         # A random background makes the coverage visible to the colour loss.
-        background = torch.rand(3, generator=generator)
-        picture = rgb + (1 - alpha[..., None]) * background
-        target = target_rgb + (1 - target_alpha[..., None]) * background
+        background = torch.rand(3)
+        picture = drawn.rgb + (1 - drawn.alpha[..., None]) * background
+        target = rgb + (1 - alpha[..., None]) * background
         loss = (1 - config.ssim_weight) * (picture - target).abs().mean()
         if config.ssim_weight:
             loss = loss + config.ssim_weight * (1 - ssim(picture, target))
-        loss = loss + config.alpha_weight * (alpha - target_alpha).abs().mean()
-        loss = loss + config.scale_weight * (gaussians.scales.amax(1) / largest - 1).clamp_min(0).mean()
-        loss = loss + config.opacity_weight * (1 - gaussians.opacities).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    gaussians = raw.gaussians().detach()
-    if not gaussians.finite().all():
-        raise WorkError("the fit diverged: some Gaussians are not finite; lower the learning rates")
-    return FitResult(gaussians, *held_out_psnr(gaussians, views), seconds=time.perf_counter() - start)
+        loss = loss + config.alpha_weight * (drawn.alpha - alpha).abs().mean()
+        loss = loss + config.scale_weight * (gaussians.scales.amax(1) / self.largest - 1).clamp_min(0).mean()
+        if config.volume_weight:
+            loss = loss + config.volume_weight * volume(gaussians.scales)
+        if config.strategy == "fixed":
+            loss = loss + config.opacity_weight * (1 - gaussians.opacities).mean()
+        if self.perceptual is not None and step % config.perceptual_every == 0:
+            window = _crop(alpha, config.perceptual_crop)
+            pair = (each[window].permute(2, 0, 1)[None] for each in (picture, target))
+            # Seen every few steps, it weighs as much more.
+            loss = loss + config.perceptual_weight * config.perceptual_every * self.perceptual(*pair)[0]
+        return loss
 
 
-class _Parameters:
-    """Raw, unbounded leaves of the optimisation."""
-
-    def __init__(self, gaussians: Gaussians) -> None:
-        self.means = gaussians.means.clone().requires_grad_()
-        self.quaternions = gaussians.quaternions.clone().requires_grad_()
-        self.log_scales = torch.log(gaussians.scales).requires_grad_()
-        self.logit_opacities = torch.logit(gaussians.opacities, eps=1e-4).requires_grad_()
-        self.colors = gaussians.colors.clone().requires_grad_()
-
-    def gaussians(self) -> Gaussians:
-        return Gaussians(
-            means=self.means,
-            quaternions=torch.nn.functional.normalize(self.quaternions, dim=-1),
-            scales=torch.exp(self.log_scales.clamp(-9.0, -1.5)),
-            opacities=torch.sigmoid(self.logit_opacities),
-            # The gradient passes the clamp as if it were not there: a colour at its bound can come back.
-            colors=self.colors + (self.colors.clamp(0, 1) - self.colors).detach(),
-        )
+def _crop(alpha: Tensor, side: int) -> tuple[slice, slice]:
+    """A random square window of the picture with a covered pixel of alpha [H, W] as near its middle as the border allows."""
+    covered = alpha.nonzero()
+    middle = covered[torch.randint(len(covered), ())].tolist() if len(covered) else [length // 2 for length in alpha.shape]
+    starts = [max(0, min(at - side // 2, length - side)) for at, length in zip(middle, alpha.shape, strict=True)]
+    return tuple(slice(start, start + side) for start in starts)
 
 
 def _target(views: Views, view: int) -> tuple[Tensor, Tensor]:
     """Premultiplied rgb [H, W, 3] and alpha [H, W] of a view."""
     rgba = torch.from_numpy(views.rgba[view]).float() / 255
     return rgba[..., :3] * rgba[..., 3:], rgba[..., 3]
-
-
-def held_out_psnr(gaussians: Gaussians, views: Views) -> tuple[float, float]:
-    """PSNR in dB on the views that are not in the training split, on white: whole picture, covered pixels only.
-
-    Where every view is a training view, those are scored.
-    """
-    held_out = [view for view, split in enumerate(views.split) if split != "train"] or list(range(len(views.cameras)))
-    errors, covered = [], []
-    with torch.no_grad():
-        for view in held_out:
-            rgb, alpha, _ = cpu.render_view(gaussians, views.cameras, view)
-            target_rgb, target_alpha = _target(views, view)
-            error = (rgb + (1 - alpha[..., None]) - target_rgb - (1 - target_alpha[..., None])).square()
-            errors.append(error.mean())
-            covered.append(error[target_alpha > 0].mean() if (target_alpha > 0).any() else error.mean())
-    return psnr(torch.stack(errors).mean()), psnr(torch.stack(covered).mean())
-
-
-def psnr(mean_squared_error: Tensor | float) -> float:
-    """Peak signal-to-noise ratio in dB for values in 0..1."""
-    return float(-10 * torch.log10(torch.as_tensor(mean_squared_error).clamp_min(1e-10)))
