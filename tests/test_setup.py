@@ -105,7 +105,7 @@ def third_party_imports(folder: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("folder", "extras", "groups"),
     [
-        ("generator", ["cuda"], []),
+        ("generator", ["cuda", "compiled"], []),
         ("blender_addon", [], []),
         ("trainer", ["trainer", "cuda", "blender"], []),
         ("tools", [], ["dev"]),

@@ -1,7 +1,13 @@
-"""Cameras and renderers of Gaussians: EWA splatting, blended front to back in display space."""
+"""Cameras and renderers of Gaussians: EWA splatting, blended front to back in display space.
+
+One function, `render`, over three backends of the same semantics: gsplat on CUDA, `compiled` (numba) and `cpu` (torch
+alone, which is what Blender has) on the CPU. `reference` writes the equations out and is what they are held against.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,23 +28,36 @@ class Rendering(NamedTuple):
     rgb: Tensor  # [V, H, W, 3] display sRGB over the background
     alpha: Tensor  # [V, H, W] in 0..1
     depth: Tensor  # [V, H, W] expected camera z of what is seen, length units; 0 where nothing is
+    means2d: Tensor  # [V, N, 2] pixels; part of the graph, so that `means2d.retain_grad()` gives what densification looks at
+    radii: Tensor  # [V, N] pixels, half the longer side of the splat's box; 0 where it is not seen
 
 
-@torch.no_grad()
 def render(gaussians: Gaussians, cameras: Cameras, background: tuple[float, float, float] | Tensor = (1.0, 1.0, 1.0)) -> Rendering:
-    """Render Gaussians from every camera; gsplat where they live on a CUDA device, torch on the CPU.
+    """Render Gaussians from every camera, differentiably in all their fields.
+
+    gsplat draws where they live on a CUDA device. On the CPU numba does if it is installed, and if it is loaded already or
+    gradients are wanted: loading it takes longer than one picture by torch alone.
 
     Args:
+        gaussians: any floating dtype on the CPU, where float32 is computed with.
         background: display sRGB in 0..1 behind the object.
     """
     if gaussians.means.is_cuda:
-        color, alpha, depth = cuda.render_views(gaussians, cameras)
+        color, alpha, depth, means2d, radii = cuda.render_views(gaussians, cameras)
     else:
         gaussians = gaussians.to(torch.float32)
-        views = [cpu.render_view(gaussians, cameras, view) for view in range(len(cameras))]
-        color, alpha, depth = (torch.stack(parts) for parts in zip(*views, strict=True))
+        color, alpha, depth, means2d, radii = _cpu_backend(gaussians).render_views(gaussians, cameras)
     background = torch.as_tensor(background, dtype=color.dtype, device=color.device)
-    return Rendering(color + (1 - alpha[..., None]) * background, alpha, depth / alpha.clamp_min(1e-6))
+    return Rendering(color + (1 - alpha[..., None]) * background, alpha, depth / alpha.clamp_min(1e-6), means2d, radii)
+
+
+def _cpu_backend(gaussians: Gaussians):
+    wanted = "numba" in sys.modules or (torch.is_grad_enabled() and any(value.requires_grad for value in vars(gaussians).values()))
+    if wanted and importlib.util.find_spec("numba"):
+        from . import compiled
+
+        return compiled
+    return cpu
 
 
 def save_png(image: Tensor, path: str | Path) -> None:

@@ -10,14 +10,14 @@ from .cameras import Cameras
 from .ewa import LOW_PASS, NEAR
 
 
-def render_views(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor, Tensor]:
-    """All views: premultiplied rgb [V, H, W, 3], alpha [V, H, W] and alpha-weighted depth [V, H, W]."""
+def render_views(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All views: premultiplied rgb [V, H, W, 3], alpha [V, H, W], alpha-weighted depth [V, H, W], means2d [V, N, 2], radii [V, N]."""
     try:
         from gsplat import rasterization
     except ImportError as error:
         raise WorkError("rendering on a GPU needs gsplat: pip install gsplat packaging, or move the Gaussians to the CPU") from error
     device = gaussians.means.device
-    image, alpha, _ = rasterization(
+    image, alpha, info = rasterization(
         gaussians.means,
         gaussians.quaternions,
         gaussians.scales,
@@ -30,5 +30,8 @@ def render_views(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor
         near_plane=NEAR,
         eps2d=LOW_PASS,
         render_mode="RGB+D",
+        packed=False,
     )
-    return image[..., :3], alpha[..., 0], image[..., 3]
+    radii = info["radii"]
+    radii = radii.amax(-1) if radii.ndim == 3 else radii
+    return image[..., :3], alpha[..., 0], image[..., 3], info["means2d"], radii.to(image.dtype)

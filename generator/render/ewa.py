@@ -13,6 +13,7 @@ LOW_PASS = 0.3  # pixels squared, added to both image axes so that no splat fall
 ALPHA_CUT = 1 / 255  # a fainter contribution is skipped
 ALPHA_MAX = 0.999  # keeps the transmittance above zero, as gsplat does
 NEAR = 0.01  # length units in front of the camera
+MARGIN = 0.15  # of the frame: how far outside the linearised projection is trusted
 
 
 class Projected(NamedTuple):
@@ -44,7 +45,7 @@ def project(
     # The Jacobian is only trusted a little outside the frame: further out it would smear splats across the image.
     width, height = size
     u, v = x / depth, y / depth
-    margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy
+    margin_x, margin_y = MARGIN * width / fx, MARGIN * height / fy
     u_safe = u.clamp(min=-cx / fx - margin_x, max=(width - cx) / fx + margin_x)
     v_safe = v.clamp(min=-cy / fy - margin_y, max=(height - cy) / fy + margin_y)
     zero = torch.zeros_like(u)
