@@ -9,12 +9,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from generator.errors import InputError, WorkError
+from trainer import stages
+from trainer.dataset import read_shards
 from trainer.farm import append_records, for_each, read_records
+from trainer.presets import PRESETS
+from trainer.views import ViewSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -186,3 +191,45 @@ def test_nothing_to_do_starts_nothing(tmp_path):
     assert for_each(work, [], 2, "fit", address="127.0.0.1:1") == {}
     with pytest.raises(InputError, match="workers"):
         for_each(work, [("a", tmp_path)], -1, "fit")
+
+
+def test_an_object_goes_from_its_mesh_to_its_atlas_in_one_task(tmp_path, capsys):
+    pytest.importorskip("bpy")
+    meshes, run = tmp_path / "meshes", tmp_path / "runs" / "farm"
+    meshes.mkdir()
+    run.mkdir(parents=True)
+    for name, height in (("plank", 0.2), ("tower", 3)):
+        corners = [f"v {x} {y} {z}" for x in (0, 1) for y in (0, height) for z in (0, 1)]
+        faces = ["f 1 2 4 3", "f 5 7 8 6", "f 1 5 6 2", "f 3 4 8 7", "f 1 3 7 5", "f 2 6 8 4"]
+        (meshes / f"{name}.obj").write_text("\n".join([*corners, *faces]) + "\n")
+    (meshes / "ghost.obj").write_text("this is no mesh\n")
+    (meshes / "captions.csv").write_text("file,caption\nplank.obj,a plank\ntower.obj,a tower\nghost.obj,a ghost\n")
+    preset = replace(
+        PRESETS["tiny"], sources=(str(meshes),), include="", limit=0, minimum_psnr=1.0, workers=1,
+        views=ViewSettings(train=4, held_out=1, size=32, samples=1), fit=replace(PRESETS["tiny"].fit, count=200, steps=3),
+    )  # fmt: skip
+    stages.farm(preset, run)
+    assert "farm: 2 of 3 objects" in capsys.readouterr().out
+    records = {record["id"]: record for record in read_records(run / "records.jsonl")}
+    assert records["ghost"]["status"] == "failed" and records["ghost"]["reason"].startswith("WorkError: views failed: ")
+    plank = records["plank"]
+    assert set(plank["seconds"]) == set(plank["cpu"]) == {"views", "fit", "atlas"}
+    assert {kind: (run / path).stat().st_size for kind, path in _files("plank").items()} == plank["bytes"]
+    assert plank["scores"]["psnr"] > 1 and plank["scores"]["gaussians"] == 200
+    shards = {sample.id: sample.record for sample, _ in read_shards(run / "shards")}
+    assert set(shards) == {"plank", "tower"} and "a plank" in shards["plank"]["captions"]
+
+    # The other stages find everything done.
+    stages.fit(preset, run)
+    # Only what is missing is made again, the failed object is tried again, and with a higher bar the worse fit is left out.
+    worse, better = sorted(("plank", "tower"), key=lambda name: records[name]["scores"]["psnr"])
+    (run / "atlases" / f"{better}.safetensors").unlink()
+    stages.farm(replace(preset, minimum_psnr=records[worse]["scores"]["psnr"] + 0.001), run)
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    assert Counter(line["id"] for line in lines) == {"plank": 2, "tower": 2, "ghost": 2}
+    assert {line["id"]: set(line["seconds"]) for line in lines[3:] if line["status"] == "ok"} == {better: {"atlas"}, worse: set()}
+    assert {sample.id for sample, _ in read_shards(run / "shards")} == {better}
+
+
+def _files(name: str) -> dict[str, str]:
+    return {"views": f"views/{name}.npz", "fits": f"fits/{name}.ply", "atlases": f"atlases/{name}.safetensors"}

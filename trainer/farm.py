@@ -57,7 +57,8 @@ def for_each(
     """Call `work(*item)` for every item in worker processes; the item's first member is its id.
 
     `work` keeps its own results (a file, written whole), so a stopped run goes on where it was. It may return a dict for the
-    record: "seconds" {step: seconds}, "bytes" {kind: bytes}, and scores under any other name.
+    record: "seconds" and "cpu" {step: seconds by the clock, by the processor}, "bytes" {kind: bytes}, and scores under any
+    other name.
 
     Args:
         work: a function of an importable module, and items that can be pickled.
@@ -176,7 +177,9 @@ class _Pool(Protocol):
 
 def _call(work: Callable, item: tuple, stage: str, limit: float) -> dict:
     """Inside a worker: the record of one object, without its id and attempts."""
-    start = time.perf_counter()
+    global _done
+    _done += 1
+    start, busy = time.perf_counter(), time.process_time()
     # Its timer needs no lock of Python's, so that it also ends a loop inside Blender or numba.
     faulthandler.dump_traceback_later(limit, exit=True, file=_nowhere())
     try:
@@ -190,12 +193,18 @@ def _call(work: Callable, item: tuple, stage: str, limit: float) -> dict:
     return {
         "status": status,
         "reason": reason,
-        "wall": wall,
         "seconds": found.pop("seconds", {stage: wall}),
+        "cpu": found.pop("cpu", {stage: round(time.process_time() - busy, 3)}),
+        "wall": wall,
         "bytes": found.pop("bytes", {}),
         "scores": found,
         "node": platform.node(),
+        "nth": _done,
     }
+
+
+# Objects that this process has begun. The first one pays for what compiled code and Blender take to load.
+_done = 0
 
 
 @functools.cache
@@ -209,12 +218,12 @@ def _line(error: BaseException) -> str:
 
 def _given_up(task: _Task) -> dict:
     reason = f"the worker died {task.attempts} times on it: killed, out of memory, or over the limit of {task.limit:.0f} s"
-    return {"status": "failed", "reason": reason, "wall": 0.0, "seconds": {}, "bytes": {}, "scores": {}, "node": ""}
+    return {"status": "failed", "reason": reason, "seconds": {}, "bytes": {}, "scores": {}}
 
 
 def _unread(error: BaseException) -> dict:
     """The record where a worker cannot read the work or its arguments."""
-    return {"status": "failed", "reason": _line(error), "wall": 0.0, "seconds": {}, "bytes": {}, "scores": {}, "node": platform.node()}
+    return {"status": "failed", "reason": _line(error), "seconds": {}, "bytes": {}, "scores": {}}
 
 
 def _bar(description: str, total: int | None, progress: bool) -> tqdm:

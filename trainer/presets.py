@@ -49,7 +49,8 @@ class Preset:
     recolour: int = 0  # repainted variants of each object that has a dominant colour, with captions that name the new one
     never_recolour: str = ""  # regular expression: objects whose plainest caption contains it keep their colours
     minimum_psnr: float = 18.0  # dB on held-out views; worse fits are left out of the atlases
-    workers: int = 2  # processes in the stages that work object by object
+    workers: int = 2  # objects at the same time in the stages that work object by object; 0 takes every core
+    address: str = ""  # where they run: empty for this machine, auto or HOST:PORT for a Ray cluster with a shared file system
     views: ViewSettings = field(default_factory=ViewSettings)
     fit: FitConfig = field(default_factory=FitConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -1,5 +1,6 @@
 """The stages from objects to a bundle. Each reads what the one before left in the run's folder, and can be run again.
 
+records.jsonl                  seconds, bytes, scores, attempts and failures of every object
 views/ID.npz, views.jsonl      rendered objects
 fits/ID.ply, ID.json           fitted Gaussians and how well they show held-out views; or imported ones and their records
 atlases/ID.safetensors         their atlases, gathered in shards/atlases-*.tar
@@ -11,11 +12,17 @@ evaluation/                    pictures and scores
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -24,14 +31,18 @@ import torch
 from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, NormalScoresAccumulator, from_atlas
 from generator.atlas import pack as pack_atlas
 from generator.errors import InputError, WorkError
+from generator.files import replacing
 from generator.formats import load, save
 
 from . import captions, dataset
-from .farm import for_each
+from .farm import RECORDS, append_records, for_each, read_records
 from .finetune import Trainer, TrainingData, checkpoints
 from .fit import FitConfig
 from .presets import Preset
 from .sources import SourceObject, credits, open_source, with_colour
+
+# What of a fit's JSON goes into its record.
+_SCORES = ("psnr", "psnr_foreground", "ssim", "perceptual", "perceptual_name", "gaussians")
 
 
 def views(preset: Preset, run: Path) -> None:
@@ -40,7 +51,7 @@ def views(preset: Preset, run: Path) -> None:
 
     objects = [source for spec in preset.sources for source in open_source(spec, run.parent / "sources")]
     objects = preset.select(objects)
-    records = render_objects(objects, run / "views", preset.views, workers=preset.workers)
+    records = render_objects(objects, run / "views", preset.views, workers=preset.workers or len(os.sched_getaffinity(0)))
     failed = [record for record in records if record["status"] != "ok"]
     _say(f"views: {len(records) - len(failed)} of {len(records)} objects rendered")
     for record in failed:
@@ -51,48 +62,200 @@ def views(preset: Preset, run: Path) -> None:
 
 def fit(preset: Preset, run: Path) -> None:
     """Fit Gaussians to the views of every object."""
+    run = Path(os.path.abspath(run))  # workers may start elsewhere
     sources = _finished(run / "views", ".npz", "views")
     (run / "fits").mkdir(parents=True, exist_ok=True)
-    todo = [(path.stem, path, run / "fits" / f"{path.stem}.ply", preset.fit) for path in sources]
-    todo = [item for item in todo if not (item[2].is_file() and item[2].with_suffix(".json").is_file())]
-    failures = for_each(_fit_one, todo, preset.workers, "fit")
+    todo, found = [], {}
+    for path in sources:
+        output = run / "fits" / f"{path.stem}.ply"
+        if output.is_file() and output.with_suffix(".json").is_file():
+            found[path.stem] = output
+        else:
+            todo.append((path.stem, path, output, preset.fit))
+    _note_found(run, "fit", found, _read_scores)
+    failures = for_each(_fit_one, todo, preset.workers, "fit", records=run / RECORDS, address=preset.address)
     _report("fit", len(sources), failures, len(list((run / "fits").glob("*.ply"))))
 
 
-def _fit_one(identifier: str, views_path: Path, output: Path, config: FitConfig) -> None:
+def _fit_one(_identifier: str, views_path: Path, output: Path, config: FitConfig) -> dict:
     from .fit import fit as fit_views
     from .views import Views
 
     torch.set_num_threads(1)
     result = fit_views(Views.load(views_path), config)
     save(result.gaussians, output)
-    scores = {"psnr": result.psnr, "psnr_foreground": result.psnr_foreground, "seconds": result.seconds, "gaussians": len(result.gaussians)}
-    _write_text(output.with_suffix(".json"), json.dumps({key: round(value, 3) for key, value in scores.items()}))
+    scores = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "gaussians"}
+    scores = {name: round(value, 3) if isinstance(value, float) else value for name, value in scores.items()}
+    # A score that could not be had is left out: NaN is no JSON.
+    scores = {name: value for name, value in scores.items() if value == value}
+    _write_text(output.with_suffix(".json"), json.dumps({**scores, "gaussians": len(result.gaussians)}))
+    return _read_scores(output)
+
+
+def _read_scores(output: Path) -> dict:
+    """What the record of a fit holds, from the files that it left."""
+    scores = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    seconds = scores.pop("seconds", None)
+    # An imported fit keeps the object's captions and credits there too: they are no scores.
+    scores = {name: value for name, value in scores.items() if name in _SCORES}
+    return {"seconds": {} if seconds is None else {"fit": seconds}, "bytes": {"fits": output.stat().st_size}, **scores}
 
 
 def atlas(preset: Preset, run: Path) -> None:
     """Transport every good fit to the sphere, and gather the atlases with their captions in shards."""
-    from .views import read_records
-
+    run = Path(os.path.abspath(run))
     layout = AtlasLayout.load_default(preset.size, preset.projection)
     fits = _finished(run / "fits", ".ply", "fit")
-    scores = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in fits}
-    # An imported fit has no views to be judged by: its PSNR is null.
-    kept = [path for path in fits if (score := scores[path.stem]["psnr"]) is None or score >= preset.minimum_psnr]
+    kept = [path for path in fits if _is_good(path, preset)]
     _say(f"atlas: {len(kept)} of {len(fits)} fits reach {preset.minimum_psnr} dB on held-out views or are imported")
     (run / "atlases").mkdir(parents=True, exist_ok=True)
-    todo = [(path.stem, path, run / "atlases" / f"{path.stem}.safetensors", layout, preset.transport, preset.channels) for path in kept]
-    todo = [item for item in todo if not _is_current(item[2], layout, preset.channels)]
-    failures = for_each(_atlas_one, todo, preset.workers, "atlas")
+    todo, found = [], {}
+    for path in kept:
+        output = run / "atlases" / f"{path.stem}.safetensors"
+        if _is_current(output, layout, preset.channels):
+            found[path.stem] = output
+        else:
+            todo.append((path.stem, path, output, preset))
+    _note_found(run, "atlas", found, _atlas_record)
+    failures = for_each(_atlas_one, todo, preset.workers, "atlas", records=run / RECORDS, address=preset.address)
     _report("atlas", len(kept), failures, len(kept) - len(failures))
-    records = {record["id"]: record for record in read_records(run / "views")}
+    _gather(preset, run, [path.stem for path in kept if path.stem not in failures])
+
+
+def _is_good(fit_path: Path, preset: Preset) -> bool:
+    """Whether a fit is good enough to be learned; an imported one has no views to be judged by, its PSNR is null."""
+    score = json.loads(fit_path.with_suffix(".json").read_text(encoding="utf-8"))["psnr"]
+    return score is None or score >= preset.minimum_psnr
+
+
+def _atlas_one(_identifier: str, fit_path: Path, output: Path, preset: Preset) -> dict:
+    from .atlas import to_atlas
+
+    torch.set_num_threads(1)
+    layout = AtlasLayout.load_default(preset.size, preset.projection)
+    start = time.perf_counter()
+    result = to_atlas(load(fit_path), layout, preset.transport, spec=preset.channels)
+    with replacing(output) as partial:
+        partial.write_bytes(result.encode())
+    return {"seconds": {"atlas": round(time.perf_counter() - start, 3)}, **_atlas_record(output)}
+
+
+def _atlas_record(output: Path) -> dict:
+    return {"bytes": {"atlases": output.stat().st_size}}
+
+
+def _note_found(run: Path, stage: str, found: dict[str, Path], read: Callable[[Path], dict]) -> None:
+    """Records for objects whose files are there but whose record is not: the run was killed in between, or kept none."""
+    known = {r["id"] for r in read_records(run / RECORDS) if r.get("stage") in (stage, "farm") and r.get("status") == "ok"}
+    lost = []
+    for identifier, output in found.items():
+        if identifier not in known:
+            scores = read(output)
+            record = {"seconds": scores.pop("seconds", {}), "bytes": scores.pop("bytes"), "scores": scores}
+            lost.append({"id": identifier, "stage": stage, "status": "ok", "reason": "", **record, "attempts": 0})
+    if lost:
+        append_records(run / RECORDS, lost)
+
+
+def farm(preset: Preset, run: Path) -> None:
+    """Views, fit and atlas of an object in one task, so that a whole cluster is busy to the end; then the shards, by the records."""
+    from .views import render_objects, views_path
+
+    run = Path(os.path.abspath(run))
+    layout = AtlasLayout.load_default(preset.size, preset.projection)
+    objects = preset.select([source for spec in preset.sources for source in open_source(spec, run.parent / "sources")])
+    # Refuses a folder that was rendered with other settings before anything is done.
+    render_objects([], run / "views", preset.views)
+    for folder in ("fits", "atlases"):
+        (run / folder).mkdir(exist_ok=True)
+    recipe = _recipe(preset, layout)
+
+    def done() -> dict[str, bool]:
+        records = (r for r in read_records(run / RECORDS) if r.get("stage") == "farm" and r.get("status") == "ok")
+        current = {r["id"]: r["scores"]["kept"] for r in records if r["scores"]["recipe"] == recipe}
+        return {name: kept for name, kept in current.items() if not kept or (run / "atlases" / f"{name}.safetensors").is_file()}
+
+    before = done()
+    todo = [(s.id, replace(s, path=Path(os.path.abspath(s.path))), run, preset, recipe) for s in objects if s.id not in before]
+    failures = for_each(_object_one, todo, preset.workers, "farm", records=run / RECORDS, address=preset.address)
+    # Everything is rendered: this writes views.jsonl, with the captions and credits.
+    render_objects([s for s in objects if views_path(run / "views", s.id).is_file()], run / "views", preset.views, progress=False)
+    ended = done()
+    kept = sorted(name for name, good in ended.items() if good)
+    _report("farm", len(objects), failures, len(objects) - len(failures))
+    _say(f"farm: {len(kept)} of {len(ended)} fits reach {preset.minimum_psnr} dB on held-out views")
+    if not kept:
+        raise WorkError(f"farm: no fit reaches {preset.minimum_psnr} dB on held-out views: lower --minimum-psnr")
+    _gather(preset, run, kept)
+
+
+def _recipe(preset: Preset, layout: AtlasLayout) -> str:
+    """What makes a finished object out of date when it changes."""
+    text = repr((layout.id, preset.channels, preset.transport, preset.minimum_psnr))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset, recipe: str) -> dict:
+    from .views import render_object, views_path
+
+    # Loaded before anything is timed: not to be counted with the first object.
+    for module in ("atlas", "fit", "scene"):
+        importlib.import_module(f".{module}", __package__)
+
+    torch.set_num_threads(1)
+    pixels = views_path(run / "views", identifier)
+    output = run / "fits" / f"{identifier}.ply"
+    cells = run / "atlases" / f"{identifier}.safetensors"
+    seconds: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    if not pixels.is_file():
+        _import_blender()
+        with _step("views", seconds, cpu):
+            render_object(source, preset.views).save(pixels)
+    if not (output.is_file() and output.with_suffix(".json").is_file()):
+        with _step("fit", seconds, cpu):
+            _fit_one(identifier, pixels, output, preset.fit)
+    record = _read_scores(output)
+    record["bytes"]["views"] = pixels.stat().st_size
+    kept = _is_good(output, preset)
+    if kept:
+        if not _is_current(cells, AtlasLayout.load_default(preset.size, preset.projection), preset.channels):
+            with _step("atlas", seconds, cpu):
+                _atlas_one(identifier, output, cells, preset)
+        record["bytes"] |= _atlas_record(cells)["bytes"]
+    return {**record, "seconds": seconds, "cpu": cpu, "kept": kept, "recipe": recipe}
+
+
+def _import_blender() -> None:
+    if "bpy" not in sys.modules:
+        # Who started this process may run Blender and hand on its search path; its folder of modules would hide the bpy package.
+        sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "_bpy_types.py").is_file()]
+        importlib.import_module("bpy")
+
+
+@contextmanager
+def _step(name: str, seconds: dict[str, float], cpu: dict[str, float]) -> Iterator[None]:
+    """Times a step of an object, and names it where it fails."""
+    start, busy = time.perf_counter(), time.process_time()
+    try:
+        yield
+    except Exception as error:
+        raise WorkError(f"{name} failed: {error}") from error
+    seconds[name], cpu[name] = round(time.perf_counter() - start, 3), round(time.process_time() - busy, 3)
+
+
+def _gather(preset: Preset, run: Path, identifiers: Iterable[str]) -> None:
+    """Write the shards of some objects, from their atlases and the records of views and fits."""
+    from .views import read_records as read_views
+
+    layout = AtlasLayout.load_default(preset.size, preset.projection)
+    records = {record["id"]: record for record in read_views(run / "views")}
 
     def samples() -> Iterator[tuple[str, Atlas, dict]]:
-        for path in kept:
-            if path.stem in failures:
-                continue
-            stored = Atlas.decode((run / "atlases" / f"{path.stem}.safetensors").read_bytes())
-            record = {**records.get(path.stem, {}), **scores[path.stem]}
+        for identifier in identifiers:
+            stored = Atlas.decode((run / "atlases" / f"{identifier}.safetensors").read_bytes())
+            scores = json.loads((run / "fits" / f"{identifier}.json").read_text(encoding="utf-8"))
+            record = {**records.get(identifier, {}), **scores}
             for key in ("status", "reason", "seconds", "size"):
                 record.pop(key, None)
             yield from _variants(stored, layout, record, preset)
@@ -123,16 +286,6 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
             continue
         painted = pack_atlas(captions.recolour(gaussians, colour, target), layout, original.spec)
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
-
-
-def _atlas_one(identifier: str, fit_path: Path, output: Path, layout: AtlasLayout, quality: str, channels: ChannelSpec) -> None:
-    from .atlas import to_atlas
-
-    torch.set_num_threads(1)
-    result = to_atlas(load(fit_path), layout, quality, spec=channels)
-    partial = output.with_suffix(".partial")
-    partial.write_bytes(result.encode())
-    os.replace(partial, output)
 
 
 def _is_current(path: Path, layout: AtlasLayout, channels: ChannelSpec) -> bool:
@@ -304,9 +457,8 @@ def _report(stage: str, total: int, failures: dict[str, str], done: int) -> None
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _say(line: str) -> None:
