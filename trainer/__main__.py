@@ -1,8 +1,10 @@
 """The trainer's command line.
 
 python -m trainer STAGE --preset NAME       one of the stages, or `train` for all of them
+python -m trainer farm --preset NAME        views, fit and atlas of an object in one task, on a cluster too
 python -m trainer atlas doctor PATH...      whether atlases are fit to be trained on, as a table, JSON and a picture
 python -m trainer import-fits PATH          Gaussians that others have fitted (GaussianVerse) as the fits of a run
+python -m trainer card --preset NAME        what a run's data set holds, how good it is and whom to thank, as Markdown
 python -m trainer layout --size N           compute a stored layout anew
 """
 
@@ -38,16 +40,20 @@ def _run(arguments: list[str]) -> int:
         return _doctor(arguments[2:])
     if arguments[:1] == ["import-fits"]:
         return _import_fits(arguments[1:])
+    if arguments[:1] == ["card"]:
+        return _card(arguments[1:])
     from .presets import PRESETS
-    from .stages import STAGES
+    from .stages import STAGES, farm
 
-    names = (*STAGES, "train", "layout")
+    commands = {**STAGES, "farm": farm}
+    names = (*commands, "train", "layout")
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         description="From objects to a model bundle, stage by stage. `train` runs every stage in order; each goes on where it stopped.",
         epilog="`python -m trainer STAGE --preset NAME --help` lists every setting; any can be given, e.g. --finetune.max-steps 500. "
         "Beside the stages: `python -m trainer atlas doctor --help`, whether atlases are fit to be trained on; "
-        "`python -m trainer import-fits --help`, Gaussians that others have fitted.",
+        "`python -m trainer import-fits --help`, Gaussians that others have fitted; `python -m trainer card --help`, the card of a "
+        "data set.",
         add_help=False,
     )
     parser.add_argument("stage", nargs="?", choices=names, metavar="STAGE", help=" | ".join(names))
@@ -78,7 +84,7 @@ def _run(arguments: list[str]) -> int:
         raise InputError(f"--runs {options.runs}: cannot write there ({error.strerror}); choose another folder") from error
     for name in STAGES if options.stage == "train" else (options.stage,):
         start = time.perf_counter()
-        STAGES[name](preset, run)
+        commands[name](preset, run)
         print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
     return 0
 
@@ -128,6 +134,35 @@ def _import_fits(arguments: list[str]) -> int:
     print(f"import-fits: {len(objects) - len(failures)} of {len(objects) + len(without)} objects in {fits}")
     if len(failures) == len(objects):
         raise WorkError(f"import-fits failed for every object; the first says: {next(iter(failures.values()))}")
+    return 0
+
+
+def _card(arguments: list[str]) -> int:
+    """Write the card of a run's data set."""
+    from .presets import PRESETS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer card",
+        description="A Markdown card of a run's data set, from its records and shards: counts, Gaussians per object, quality, seconds, "
+        "failures with their reasons, licences, and the credits of every object.",
+    )
+    parser.add_argument("--preset", default="starter", choices=PRESETS, help="the run (default: starter)")
+    parser.add_argument("--name", help="the run's folder in RUNS, where the stages got a --name too (default: the preset's name)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--output", type=Path, metavar="F.md", help="where to write it (default: CARD.md in the run's folder)")
+    options = parser.parse_args(arguments)
+    run = options.runs / (options.name or PRESETS[options.preset].name)
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run: run `python -m trainer farm --preset {options.preset}` first, or give --name or --runs")
+    output = options.output or run / "CARD.md"
+    check_writable(output)
+
+    from .card import card
+
+    text = card(run)
+    with replacing(output) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"card: {output}")
     return 0
 
 
