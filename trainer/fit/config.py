@@ -46,6 +46,7 @@ class FitConfig:
     anchor_size: float = 0.04  # object lengths, side of the coarsest voxel that holds an anchor; smaller grows finer
     anchor_levels: int = 3  # voxel sizes, each a quarter of the one before
     anchor_offsets: int = 4  # Gaussians of a new anchor; more grow faster and coarser
+    anchor_growth: float = 0.25  # share of the set that one change adds at most; more leaves holes where the bound cuts
     mcmc_noise: float = 5e5  # over the rate of the means: how far uncertain Gaussians wander
     mcmc_weight: float = 0.01  # on mean opacity and mean scale: lets useless Gaussians die so that they can move
 

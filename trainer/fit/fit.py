@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from generator.errors import InputError, WorkError
 from generator.gaussians import Gaussians
-from generator.render import Cameras
-from generator.render.ewa import pixel_boxes, project
+from generator.render import Rendering, render
 from trainer.views import Views
 
 from .config import FitConfig
 from .initialize import initialize
 from .losses import ssim, volume
 from .perceptual import perceptual
-from .rasterize import _Composite
 from .scores import held_out_psnr, psnr, score
 
 __all__ = ["FitConfig", "FitResult", "fit", "held_out_psnr", "psnr"]
@@ -50,7 +47,7 @@ def fit(
     """Fit Gaussians to the training views; score on the held-out ones.
 
     Args:
-        observe: called with the number of steps done and the Gaussians, after each step.
+        observe: called with the number of steps done and the Gaussians, at the start and after each step.
 
     Raises:
         InputError: the views show too little.
@@ -84,6 +81,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
     targets = [_target(views, view) for view in range(len(views))]
     losses = _Losses(config, initial)
     queue: list[int] = []
+    observe(0, initial)
     for step in range(config.steps):
         # Half a cosine to a tenth of the rate: the last steps settle.
         decay = 0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / config.steps)).item())
@@ -92,7 +90,9 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
         queue = queue or torch.randperm(len(views)).tolist()
         view = queue.pop()
         gaussians = activate(params)
-        drawn = _draw(gaussians, views.cameras, view)
+        # A random background makes the coverage visible to the colour loss.
+        background = torch.rand(3)
+        drawn = render(gaussians, views.cameras[view : view + 1], background)
         info = {
             "means2d": drawn.means2d,
             "radii": drawn.radii[..., None].expand(-1, -1, 2),
@@ -103,7 +103,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
         }
         if strategy:
             strategy.step_pre_backward(params, optimizers, state, step, info)
-        loss = losses(gaussians, drawn, *targets[view], step)
+        loss = losses(gaussians, drawn, *targets[view], background, step)
         if hasattr(strategy, "regularizer"):
             loss = loss + strategy.regularizer(gaussians.opacities, gaussians.scales)
         loss.backward()
@@ -152,37 +152,12 @@ def activate(params: dict[str, torch.nn.Parameter]) -> Gaussians:
     )
 
 
-class _Drawn(NamedTuple):
-    rgb: Tensor  # [H, W, 3] premultiplied
-    alpha: Tensor  # [H, W]
-    means2d: Tensor  # [1, N, 2] pixels, part of the graph
-    radii: Tensor  # [1, N] pixels, 0 where not visible
-
-
-def _draw(gaussians: Gaussians, cameras: Cameras, view: int) -> _Drawn:
-    """One view, differentiable."""
-    size = (cameras.width, cameras.height)
-    projected = project(
-        gaussians.means, gaussians.quaternions, gaussians.scales, gaussians.opacities, cameras.viewmats[view], cameras.Ks[view], size
-    )
-    with torch.no_grad():
-        boxes = pixel_boxes(projected, size)
-        order = torch.argsort(projected.depths, stable=True)
-        order = order[boxes[order, 2] > boxes[order, 0]]
-        radii = projected.extents.amax(1) * (boxes[:, 2] > boxes[:, 0])
-    means2d = projected.means[None]
-    rgb, alpha = _Composite.apply(
-        means2d[0], projected.conics, gaussians.opacities, gaussians.colors, order, boxes, cameras.height, cameras.width
-    )
-    return _Drawn(rgb, alpha, means2d, radii[None])
-
-
 def _weights(gaussians: Gaussians, views: Views) -> Tensor:
     """Mean blended weight [N] of each Gaussian in random views: the slope of all pixels' colour in its colour."""
-    chosen = torch.randperm(len(views))[:_WEIGHED_VIEWS].tolist()
+    chosen = torch.randperm(len(views))[:_WEIGHED_VIEWS]
     with torch.enable_grad():
         colors = gaussians.colors.clone().requires_grad_()
-        red = sum(_draw(gaussians.replace(colors=colors), views.cameras, view).rgb[..., 0].sum() for view in chosen)
+        red = render(gaussians.replace(colors=colors), views.cameras[chosen]).rgb[..., 0].sum()
         return torch.autograd.grad(red, colors)[0][:, 0] / len(chosen)
 
 
@@ -198,17 +173,15 @@ class _Losses:
         if config.perceptual_weight and self.perceptual is None:
             raise WorkError("fit.perceptual_weight needs lpips or stlpips-pytorch: install one, or set it to 0")
 
-    def __call__(self, gaussians: Gaussians, drawn: _Drawn, rgb: Tensor, alpha: Tensor, step: int) -> Tensor:
-        """The loss against a target, premultiplied rgb [H, W, 3] and alpha [H, W]."""
+    def __call__(self, gaussians: Gaussians, drawn: Rendering, rgb: Tensor, alpha: Tensor, background: Tensor, step: int) -> Tensor:
+        """The loss of one view over a background [3] against its target, premultiplied rgb [H, W, 3] and alpha [H, W]."""
         config = self.config
-        # A random background makes the coverage visible to the colour loss.
-        background = torch.rand(3)
-        picture = drawn.rgb + (1 - drawn.alpha[..., None]) * background
+        picture, coverage = drawn.rgb[0], drawn.alpha[0]
         target = rgb + (1 - alpha[..., None]) * background
         loss = (1 - config.ssim_weight) * (picture - target).abs().mean()
         if config.ssim_weight:
             loss = loss + config.ssim_weight * (1 - ssim(picture, target))
-        loss = loss + config.alpha_weight * (drawn.alpha - alpha).abs().mean()
+        loss = loss + config.alpha_weight * (coverage - alpha).abs().mean()
         loss = loss + config.scale_weight * (gaussians.scales.amax(1) / self.largest - 1).clamp_min(0).mean()
         if config.volume_weight:
             loss = loss + config.volume_weight * volume(gaussians.scales)

@@ -63,6 +63,7 @@ def strategy_for(config: FitConfig, weigh: Callable[[], Tensor]) -> Strategy | N
         voxel=config.anchor_size,
         levels=config.anchor_levels,
         offsets=config.anchor_offsets,
+        growth=config.anchor_growth,
         gradient=config.grow_gradient,
         start=start,
         stop=stop,
@@ -169,6 +170,7 @@ class Anchors(Strategy):
     voxel: float  # object lengths
     levels: int
     offsets: int  # Gaussians of a new anchor
+    growth: float  # share of the set that is added at each refinement, at most
     gradient: float  # slope of the loss, half picture sides
     start: int  # steps
     stop: int
@@ -232,6 +234,8 @@ class Anchors(Strategy):
         sources, anchors = torch.cat(sources), torch.cat(anchors)
         if not len(sources):
             return
+        steepest = torch.argsort(slopes[sources], descending=True, stable=True)[: max(1, int(self.growth * len(means)) // self.offsets)]
+        sources, anchors = sources[steepest], anchors[steepest]
         sources, anchors = (part.repeat_interleave(self.offsets, 0) for part in (sources, anchors))
         shifts = quaternions_to_matrices(params["quats"].detach()[sources]) @ (scales[sources] * torch.randn_like(anchors))[..., None]
         new = {name: value.detach()[sources] for name, value in params.items()}
