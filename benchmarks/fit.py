@@ -108,34 +108,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("views", nargs="?", type=Path, help="folder of views; without it, six objects are rendered at 256 pixels first")
     parser.add_argument("--limit", type=int, default=6, help="objects, spread over the folder (default: 6)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of every fit (default: 200)")
-    parser.add_argument("--counts", type=int, nargs="+", default=[16384, 36864, 4096], help="bounds (default: 16384 36864 4096)")
-    parser.add_argument("--pictures", type=Path, help="folder for one picture an object and bound: target, then each configuration")
+    parser.add_argument("--steps", type=int, default=150, help="steps of every fit (default: 150)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[16384, 36864], help="bounds (default: 16384 36864)")
+    parser.add_argument("--pictures", type=Path, help="folder for a picture of each object and bound: the target, then every configuration")
     options = parser.parse_args()
     torch.set_num_threads(1)
     paths = views(options.views, options.limit)
     fit(Views.load(paths[0]), FitConfig(count=256, steps=2))  # compiles
-    rows, pictures = [], {}
-    for name, config in configurations(options.counts, options.steps):
-        found = []
-        for path in paths:
-            object_views = Views.load(path)
-            found.append(measure(object_views, config))
-            if options.pictures:
-                held_out = object_views.select("held_out")
-                strip = pictures.setdefault((path.stem, config.bound), [torch.from_numpy(held_out.composite()[0])])
-                strip.append(render(found[-1][0].gaussians, held_out.cameras[:1]).rgb[0])
-        rows.append(row(config.bound, name, found))
-        print(*rows[-1].values(), flush=True)
-    for (identifier, count), strip in pictures.items():
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        save_png(torch.cat(strip, 1), options.pictures / f"{identifier}-{count}.png")
-    size = Views.load(paths[0]).cameras.width
-    report(
-        "fit",
-        rows,
-        f"{len(paths)} objects at {size} pixels, {options.steps} steps, one thread; means over held-out views; (n): objects that get there",
-    )
+    chosen = configurations(options.counts, options.steps)
+    found = [[] for _ in chosen]
+    # Object by object, written down after each: a run that is stopped has compared everything on those it got to.
+    for done, path in enumerate(paths, 1):
+        object_views = Views.load(path)
+        held_out = object_views.select("held_out")
+        strips = {config.bound: [torch.from_numpy(held_out.composite()[0])] for _, config in chosen}
+        for of_one, (name, config) in zip(found, chosen, strict=True):
+            of_one.append(measure(object_views, config))
+            strips[config.bound].append(render(of_one[-1][0].gaussians, held_out.cameras[:1]).rgb[0])
+            print(path.stem, *row(config.bound, name, of_one[-1:]).values(), flush=True)
+        for count, strip in strips.items() if options.pictures else ():
+            options.pictures.mkdir(parents=True, exist_ok=True)
+            save_png(torch.cat(strip, 1), options.pictures / f"{path.stem}-{count}.png")
+        size = object_views.cameras.width
+        note = f"{done} objects at {size} pixels, {options.steps} steps, one thread: means over held-out views; (n): objects that get there"
+        report("fit", [row(config.bound, name, of_one) for of_one, (name, config) in zip(found, chosen, strict=True)], note)
 
 
 if __name__ == "__main__":

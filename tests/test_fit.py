@@ -9,17 +9,16 @@ import torch
 from generator.errors import InputError
 from generator.gaussians import Gaussians, quaternions_to_matrices
 from generator.render import Cameras, render
-from trainer.fit import FitConfig, fit
+from tests.sphere import sphere_views
+from trainer.fit import FitConfig, fit, score
 from trainer.fit.initialize import farthest_points, initialize, normals_to_quaternions
 from trainer.fit.losses import ssim
 from trainer.views import Views
 
 
-def test_ssim_equals_its_definition_by_convolution():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.rand(20, 24, 3, generator=generator), torch.rand(20, 24, 3, generator=generator)
+def slow_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     offsets = torch.arange(11) - 5.0
-    line = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    line = torch.exp(-(offsets**2) / (2 * 1.5**2)).to(a)
     kernel = (line[:, None] * line / line.sum() ** 2)[None, None]
 
     def blur(image):
@@ -27,33 +26,21 @@ def test_ssim_equals_its_definition_by_convolution():
 
     mx, my = blur(a), blur(b)
     vx, vy, cov = blur(a * a) - mx**2, blur(b * b) - my**2, blur(a * b) - mx * my
-    expected = ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
-    assert ssim(a, b).item() == pytest.approx(expected.item(), abs=1e-5)
+    return ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 3), (7, 40, 1), (33, 3, 2)])
+def test_ssim_and_its_gradient_equal_its_definition_by_convolution(shape):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(*shape, generator=generator), torch.rand(*shape, generator=generator)
+    b = 0.6 * a + 0.4 * b
+    fast, slow = a.clone().requires_grad_(), a.double().requires_grad_()
+    value, expected = ssim(fast, b), slow_ssim(slow, b.double())
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+    (3 * value).backward()
+    (3 * expected).backward()
+    assert (fast.grad - slow.grad).abs().max() < 1e-4 * slow.grad.abs().max()
     assert ssim(a, a).item() == pytest.approx(1.0, abs=1e-5)
-
-
-def sphere_views(size: int = 64, radius: float = 0.4) -> Views:
-    """A sphere whose upper half is red and lower half blue, ray-traced here."""
-    train, held_out = Cameras.around(12, size), Cameras.orbit(2, size)
-    cameras = Cameras(torch.cat([train.viewmats, held_out.viewmats]), torch.cat([train.Ks, held_out.Ks]), size, size)
-    rgba = np.zeros((14, size, size, 4), np.uint8)
-    depth = np.zeros((14, size, size), np.float16)
-    normals = np.zeros((14, size, size, 3), np.int8)
-    columns, rows = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
-    for view in range(14):
-        K, viewmat = cameras.Ks[view].numpy(), cameras.viewmats[view].numpy()
-        rays = np.stack([(columns - K[0, 2]) / K[0, 0], (rows - K[1, 2]) / K[1, 1], np.ones_like(rows)], -1)
-        origin = cameras.positions[view].numpy()
-        world = rays @ viewmat[:3, :3]
-        a, b, c = (world**2).sum(-1), 2 * world @ origin, origin @ origin - radius**2
-        discriminant = b * b - 4 * a * c
-        hit = discriminant > 0
-        z = np.where(hit, (-b - np.sqrt(np.maximum(discriminant, 0))) / (2 * a), 0)
-        points = origin + z[..., None] * world
-        rgba[view][hit] = np.where(points[hit][:, 2:] > 0, (220, 30, 30, 255), (30, 30, 220, 255))
-        depth[view] = z
-        normals[view][hit] = np.round(127 * points[hit] / radius)
-    return Views("sphere", rgba, depth, normals, cameras, np.array(["train"] * 12 + ["held_out"] * 2))
 
 
 def test_initial_gaussians_lie_flat_on_the_surface():
@@ -81,6 +68,37 @@ def test_farthest_points_are_distinct_and_even():
     random = points[:200]
     random_gaps = np.linalg.norm(random[:, None] - random[None], axis=-1) + np.eye(200)
     assert gaps.min() > 3 * random_gaps.min() and gaps.min() > 0.05
+
+
+def test_farthest_points_equal_the_greedy_definition():
+    points = np.random.default_rng(1).random((3000, 3)).astype(np.float32)
+    expected, nearest = [0], np.full(len(points), np.inf)
+    for _ in range(399):
+        nearest = np.minimum(nearest, ((points - points[expected[-1]]) ** 2).sum(1))
+        expected.append(int(nearest.argmax()))
+    assert farthest_points(points, 400).tolist() == expected
+
+
+def test_the_start_does_not_see_held_out_views():
+    views = sphere_views(48)
+    spoiled = views.rgba.copy()
+    spoiled[views.split == "held_out", ..., :3] = 0
+    other = Views(views.id, spoiled, views.depth, views.normals, views.cameras, views.split)
+    a, b = (fit(each, FitConfig(count=100, steps=2)) for each in (views, other))
+    assert torch.equal(a.gaussians.colors, b.gaussians.colors) and a.psnr > b.psnr + 3
+
+
+def test_views_without_training_views_are_named():
+    with pytest.raises(InputError, match="training view"):
+        fit(sphere_views(48).select("held_out"), FitConfig(count=50, steps=1))
+
+
+def test_scores_of_a_perfect_and_of_an_empty_picture():
+    views = sphere_views(48)
+    good = score(fit(views, FitConfig(count=300, steps=60)).gaussians, views)
+    nothing = score(initialize(views, 100)[:0], views)
+    assert nothing.psnr < 15 and nothing.psnr_foreground < nothing.psnr
+    assert good.psnr > nothing.psnr + 10 and good.ssim > nothing.ssim and good.perceptual < nothing.perceptual
 
 
 def test_fit_improves_on_its_start_and_sees_new_views():

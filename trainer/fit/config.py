@@ -38,7 +38,7 @@ class FitConfig:
 
     strategy: str = "fixed"  # how Gaussians come and go: one of STRATEGIES
     bound: int = 36_864  # Gaussians that mcmc and the pruning strategies never exceed (the paper's tau, 192 x 192)
-    refine_every: int = 25  # steps between two changes of the set; each change needs time to settle
+    refine_every: int = 15  # steps between two changes of the set; each change needs time to settle
     refine_from: float = 0.05  # share of the steps before the first change
     refine_until: float = 0.7  # share of the steps after which the set stays: the rest settles it
     grow_gradient: float = 2e-4  # mean slope of the loss in a splat's place (half picture sides) that grows; lower grows more

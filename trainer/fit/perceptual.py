@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pickle
 from functools import cache
 from pathlib import Path
 
@@ -119,5 +120,5 @@ def st_lpips() -> StLpips:
     path = Path(found.submodule_search_locations[0]) / WEIGHTS
     try:
         return StLpips(torch.load(path, map_location="cpu", weights_only=True)).eval()
-    except (OSError, RuntimeError, KeyError) as error:
-        raise WorkError(f"{path}: not readable ({error}): install stlpips-pytorch==0.0.2 again") from error
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise WorkError(f"{path}: not readable ({type(error).__name__}): install stlpips-pytorch==0.0.2 again") from error

@@ -30,6 +30,8 @@ from .config import FitConfig
 Params = dict[str, torch.nn.Parameter]
 Optimizers = dict[str, torch.optim.Optimizer]
 
+# Share of a full set that one change replaces; more leaves holes that the next steps cannot close.
+_TURNOVER = 0.05
 # Coincident Gaussians that one is taken for at most; the alternating sum of equation 9 loses digits beyond.
 _STACK = 51
 
@@ -234,7 +236,10 @@ class Anchors(Strategy):
         sources, anchors = torch.cat(sources), torch.cat(anchors)
         if not len(sources):
             return
-        steepest = torch.argsort(slopes[sources], descending=True, stable=True)[: max(1, int(self.growth * len(means)) // self.offsets)]
+        most = self.growth * len(means)
+        if self.bound is not None:
+            most = min(most, max(self.bound - len(means), _TURNOVER * self.bound))
+        steepest = torch.argsort(slopes[sources], descending=True, stable=True)[: max(1, int(most) // self.offsets)]
         sources, anchors = sources[steepest], anchors[steepest]
         sources, anchors = (part.repeat_interleave(self.offsets, 0) for part in (sources, anchors))
         shifts = quaternions_to_matrices(params["quats"].detach()[sources]) @ (scales[sources] * torch.randn_like(anchors))[..., None]
