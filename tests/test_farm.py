@@ -60,6 +60,7 @@ def hang(identifier: str) -> None:
 def cluster():
     """The address of a Ray cluster of two nodes on this machine, with one core each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all on 127.0.0.1
     import ray
     from ray.cluster_utils import Cluster
 

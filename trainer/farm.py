@@ -39,7 +39,7 @@ LIMIT = 3600.0
 # Read before torch and numba start their threads: each worker owns one core.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "NUMBA_NUM_THREADS": "1"}
 # A fresh process after so many objects, whatever Blender or a leak has piled up.
-_OBJECTS_PER_PROCESS = 200
+OBJECTS_PER_PROCESS = 200
 
 
 def for_each(
@@ -284,7 +284,7 @@ class _Processes:
         return [worker for worker in self.workers if worker.task is not None]
 
     def start(self, task: _Task) -> None:
-        for worker in [w for w in self.workers if w.task is None and (w.done >= _OBJECTS_PER_PROCESS or not w.process.is_alive())]:
+        for worker in [w for w in self.workers if w.task is None and (w.done >= OBJECTS_PER_PROCESS or not w.process.is_alive())]:
             self._end(worker)
         worker = next((w for w in self.workers if w.task is None), None) or self._spawn()
         worker.task = task
@@ -374,7 +374,7 @@ class _RayTasks:
         self.workers, self.tasks, self.cores, self.looked = workers, {}, 0, -float("inf")
         self.ray, self.owned = _connect(address, workers)
         # Retries are ours: they are counted and recorded.
-        remote = self.ray.remote(num_cpus=1, max_retries=0, max_calls=_OBJECTS_PER_PROCESS)(_call)
+        remote = self.ray.remote(num_cpus=1, max_retries=0, max_calls=OBJECTS_PER_PROCESS)(_call)
         self.remote = remote.options(runtime_env={"env_vars": _ONE_THREAD})
 
     def room(self) -> int:
@@ -419,21 +419,17 @@ def _connect(address: str, workers: int) -> tuple:
         InputError: nothing answers there.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address == "local":
+        # Ray's switch for systems with talkative firewalls: everything listens on 127.0.0.1 alone. Read by the import.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():
         return ray, False
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address == "local":
-        # Nothing of this instance is to be reached from other machines.
-        ray.init(
-            "local",
-            num_cpus=workers or len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        cores = workers or len(os.sched_getaffinity(0))
+        ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
         return ray, True
     wanted = f"--address {address}"
     if address != "auto":
