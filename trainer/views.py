@@ -229,6 +229,12 @@ def read_records(directory: str | Path) -> list[dict]:
     return list(records.values())
 
 
+def add_records(directory: str | Path, records: Iterable[dict]) -> None:
+    """Records of views that were not rendered here, beside those in the folder; of an id the new one counts."""
+    merged = {record["id"]: record for record in [*read_records(directory), *records]}
+    _write_records(Path(directory), merged.values())
+
+
 def _write_records(directory: Path, records: Iterable[dict]) -> None:
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     _write_text(directory / RECORDS, text)

@@ -149,10 +149,21 @@ def gaussian_verse(
         files = [path]
     else:
         raise InputError(f"{path}: no such file or folder")
-    known = None if captions is None else read_captions(captions)
     base = Path(os.path.abspath(path if path.is_dir() else path.parent))
+    return captioned(files, [_place(file) for file in files], base, captions, LIBRARY, up)
+
+
+def captioned(
+    files: list[Path], places: list[Path], base: Path, captions: str | os.PathLike | None, library: str, up: str
+) -> tuple[list[SourceObject], list[str]]:
+    """Objects that are named by where they lie, with their captions; see `gaussian_verse`.
+
+    Args:
+        files: what becomes the path of each object.
+        places: what names it: its last two parts, CHUNK/OBJECT, and all of it below `base`.
+    """
+    known = None if captions is None else read_captions(captions)
     objects, without = [], []
-    places = [_place(file) for file in files]
     names = ["/".join(place.relative_to(base).parts) or place.name for place in places]
     for file, place, name, identifier in zip(files, places, names, unique_slugs(names), strict=True):
         keys = (f"{place.parent.name}/{place.name}", f"{place.parent.name}-{place.name}", place.name)
@@ -160,9 +171,9 @@ def gaussian_verse(
         if texts is None:
             without.append(f"{name}: no caption for {keys[0]} in {captions}")
             continue
-        objects.append(SourceObject(identifier, name, file, texts, licence=LICENCE, library=LIBRARY, up=up))
+        objects.append(SourceObject(identifier, name, file, texts, licence=LICENCE, library=library, up=up))
     if not objects:
-        raise InputError(f"{captions}: captions none of the {len(files)} objects in {path}; the first would be {keys[0]}")
+        raise InputError(f"{captions}: captions none of the {len(files)} objects in {base}; the first would be {keys[0]}")
     return objects, without
 
 
