@@ -53,13 +53,14 @@ def configurations(counts: list[int], steps: int) -> list[tuple[str, FitConfig]]
     found = []
     for count in counts:
         fixed = FitConfig(count=count, bound=count, steps=steps)
-        growing = replace(fixed, count=count // 2)
+        # So near the bound, and so easily steep, that growth presses against it for most of the changes.
+        growing = replace(fixed, count=3 * count // 4, grow_gradient=1e-4)
         found += [("surface, not optimised", replace(fixed, steps=0)), ("fixed", fixed)]
         found += [(name, replace(growing, strategy=name)) for name in ("opacity", "visibility", "contribution", "mcmc")]
     first = counts[0]
     seen = FitConfig(count=first, bound=first, steps=steps, perceptual_weight=0.05, perceptual_every=8)
     found.append(("fixed, perceptual", seen))
-    found.append(("visibility, perceptual", replace(seen, count=first // 2, strategy="visibility")))
+    found.append(("visibility, perceptual", replace(seen, count=3 * first // 4, grow_gradient=1e-4, strategy="visibility")))
     return found
 
 
