@@ -95,6 +95,7 @@ def test_a_fit_reports_the_distance_under_its_own_name_and_the_loss_lowers_it():
     few = FitConfig(count=200, steps=30)
     plain, seen = fit(views, few), fit(views, replace(few, perceptual_weight=0.2, perceptual_every=1, perceptual_crop=64))
     assert plain.perceptual_name in ("st_lpips", "lpips") and 0 < seen.perceptual < plain.perceptual
+    assert fit(views, replace(few, steps=0, perceptual_score=False)).perceptual is None
 
 
 def test_a_perceptual_loss_without_any_network_is_refused(monkeypatch):

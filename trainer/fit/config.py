@@ -34,6 +34,7 @@ class FitConfig:
     perceptual_weight: float = 0.0  # on the perceptual distance; finer texture, at several times the seconds a step
     perceptual_every: int = 2  # steps from one perceptual loss to the next
     perceptual_crop: int = 128  # pixels, side of the square it looks at; time grows with its area
+    perceptual_score: bool = True  # measure held-out views with it, where it can be had: a third of a second each at 256 pixels
     seed: int = 0
 
     strategy: str = "fixed"  # how Gaussians come and go: one of STRATEGIES

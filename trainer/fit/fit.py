@@ -61,7 +61,7 @@ def fit(
     seconds = time.perf_counter() - start
     if not gaussians.finite().all():
         raise WorkError("the fit diverged: some Gaussians are not finite; lower the learning rates")
-    return FitResult(gaussians, seconds=seconds, **vars(score(gaussians, views)))
+    return FitResult(gaussians, seconds=seconds, **vars(score(gaussians, views, config.perceptual_score)))
 
 
 def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None]) -> Gaussians:
