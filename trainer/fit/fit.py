@@ -57,14 +57,14 @@ def fit(
     # Everything is drawn from one seed, and the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        gaussians = _optimise(views.select("train"), config, observe or (lambda step, gaussians: None))
+        gaussians = _optimise(views.select("train"), config, observe)
     seconds = time.perf_counter() - start
     if not gaussians.finite().all():
         raise WorkError("the fit diverged: some Gaussians are not finite; lower the learning rates")
     return FitResult(gaussians, seconds=seconds, **vars(score(gaussians, views, config.perceptual_score)))
 
 
-def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None]) -> Gaussians:
+def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None] | None) -> Gaussians:
     if not len(views):
         raise InputError("the views hold no training view: nothing can be fitted")
     initial = initialize(views, config.count, config.seed)
@@ -81,7 +81,8 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
     targets = [_target(views, view) for view in range(len(views))]
     losses = _Losses(config, initial)
     queue: list[int] = []
-    observe(0, initial)
+    if observe:
+        observe(0, initial)
     for step in range(config.steps):
         # Half a cosine to a tenth of the rate: the last steps settle.
         decay = 0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / config.steps)).item())
@@ -112,7 +113,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
             optimizer.zero_grad(set_to_none=True)
         if strategy:
             strategy.step_post_backward(params, optimizers, state, step, info)
-        with torch.no_grad():
+        if observe:
             observe(step + 1, activate(params).detach())
     gaussians = activate(params).detach()
     return gaussians[gaussians.opacities >= config.minimum_opacity] if strategy else gaussians
