@@ -5,6 +5,7 @@ python -m trainer farm --preset NAME        views, fit and atlas of an object in
 python -m trainer atlas doctor PATH...      whether atlases are fit to be trained on, as a table, JSON and a picture
 python -m trainer import-fits PATH          Gaussians that others have fitted (GaussianVerse) as the fits of a run
 python -m trainer card --preset NAME        what a run's data set holds, how good it is and whom to thank, as Markdown
+python -m trainer scale RECORDS...          what a large data set would take, projected and simulated from the records of a small one
 python -m trainer layout --size N           compute a stored layout anew
 """
 
@@ -42,6 +43,8 @@ def _run(arguments: list[str]) -> int:
         return _import_fits(arguments[1:])
     if arguments[:1] == ["card"]:
         return _card(arguments[1:])
+    if arguments[:1] == ["scale"]:
+        return _scale(arguments[1:])
     from .presets import PRESETS
     from .stages import STAGES, farm
 
@@ -53,7 +56,7 @@ def _run(arguments: list[str]) -> int:
         epilog="`python -m trainer STAGE --preset NAME --help` lists every setting; any can be given, e.g. --finetune.max-steps 500. "
         "Beside the stages: `python -m trainer atlas doctor --help`, whether atlases are fit to be trained on; "
         "`python -m trainer import-fits --help`, Gaussians that others have fitted; `python -m trainer card --help`, the card of a "
-        "data set.",
+        "data set; `python -m trainer scale --help`, what a large one takes.",
         add_help=False,
     )
     parser.add_argument("stage", nargs="?", choices=names, metavar="STAGE", help=" | ".join(names))
@@ -163,6 +166,49 @@ def _card(arguments: list[str]) -> int:
     with replacing(output) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"card: {output}")
+    return 0
+
+
+def _scale(arguments: list[str]) -> int:
+    """Print what a large data set takes."""
+    from .scale import PAPER_OBJECTS, Cluster, measure, report
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer scale",
+        description="What a large data set takes, as Markdown: core-hours and bytes projected from the records of a small one, the "
+        "bottleneck, and a simulation of the schedule with stragglers and dying workers. The same arguments give the same text.",
+    )
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help="records.jsonl of a farm, or the folder of a run")
+    parser.add_argument(
+        "--objects", nargs="+", type=int, default=[PAPER_OBJECTS, 10_000_000], help="of the data set (default: the paper's; 10 million)"
+    )
+    parser.add_argument("--workers", nargs="+", type=int, default=[1000], help="cores, each with one object in hand (default: 1000)")
+    parser.add_argument("--lifetime", type=float, default=100.0, metavar="HOURS", help="after which a worker dies, mean (default: 100)")
+    parser.add_argument("--restart", type=float, default=120.0, metavar="SECONDS", help="until a dead worker is replaced (default: 120)")
+    parser.add_argument("--dispatch", type=float, default=2.2, metavar="MS", help="the driver takes for an object (default: 2.2, measured)")
+    parser.add_argument("--bandwidth", type=float, default=1000.0, metavar="MB/S", help="the file system writes (default: 1000)")
+    parser.add_argument("--gpu", nargs="*", default=[], metavar="STEP=SECONDS", help="measured seconds of one GPU an object, by step")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: 0)")
+    options = parser.parse_args(arguments)
+    for name in ("objects", "workers", "lifetime", "bandwidth"):
+        values = getattr(options, name)
+        if not all(0 < value < float("inf") for value in (values if isinstance(values, list) else [values])):
+            raise InputError(f"--{name} must be above 0, got {values}")
+    for name in ("restart", "dispatch", "seed"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise InputError(f"--{name} must be at least 0, got {getattr(options, name)}")
+    measured = measure(options.records)
+    gpu = {}
+    for text in options.gpu:
+        step, _, seconds = text.partition("=")
+        try:
+            gpu[step] = float(seconds)
+        except ValueError:
+            gpu[step] = 0.0
+        if step not in measured.steps or not 0 < gpu[step] < float("inf"):
+            raise InputError(f"--gpu {text}: give STEP=SECONDS with one of the steps {', '.join(measured.steps)}")
+    cluster = Cluster(lifetime=options.lifetime * 3600, restart=options.restart, dispatch=options.dispatch / 1000)
+    print(report(measured, options.objects, options.workers, cluster, options.bandwidth * 1e6, gpu, options.seed), end="")
     return 0
 
 
