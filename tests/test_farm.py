@@ -15,11 +15,7 @@ from pathlib import Path
 import pytest
 
 from generator.errors import InputError, WorkError
-from trainer import stages
-from trainer.dataset import read_shards
 from trainer.farm import append_records, for_each, read_records
-from trainer.presets import PRESETS
-from trainer.views import ViewSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,12 +173,19 @@ def test_a_journal_keeps_the_last_word_and_survives_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "address,message", [("127.0.0.1:1", "no Ray cluster answers"), ("nowhere", "HOST:PORT"), ("ray://127.0.0.1:1", "HOST:PORT")]
+    "address,message",
+    [
+        ("127.0.0.1:1", "no Ray cluster answers"),
+        ("auto", "no Ray cluster answers at 127.0.0.1:2"),
+        ("nowhere", "HOST:PORT"),
+        ("ray://127.0.0.1:1", "HOST:PORT"),
+    ],
 )
 def test_a_wrong_address_is_one_clear_line(tmp_path, address, message, monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
     with pytest.raises(InputError, match=message) as caught:
         farm(tmp_path, ["a"], address)
     assert "--address" in str(caught.value) and "\n" not in str(caught.value)
@@ -196,6 +199,12 @@ def test_nothing_to_do_starts_nothing(tmp_path):
 
 def test_an_object_goes_from_its_mesh_to_its_atlas_in_one_task(tmp_path, capsys):
     pytest.importorskip("bpy")
+    # Not at the top: every worker of the other tests imports this module for its work.
+    from trainer import stages
+    from trainer.dataset import read_shards
+    from trainer.presets import PRESETS
+    from trainer.views import ViewSettings
+
     meshes, run = tmp_path / "meshes", tmp_path / "runs" / "farm"
     meshes.mkdir()
     run.mkdir(parents=True)

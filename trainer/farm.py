@@ -432,17 +432,26 @@ def _connect(address: str, workers: int) -> tuple:
         ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
         return ray, True
     wanted = f"--address {address}"
-    if address != "auto":
-        host, separator, port = address.rpartition(":")
+    place = _last_started() if address == "auto" else address
+    if place:
+        host, separator, port = place.rpartition(":")
         if not separator or not host or not port.isdigit() or "/" in host:
             raise InputError(f"{wanted}: give local, auto or HOST:PORT of a Ray head node, and start this command on one of its nodes")
         # Ray itself tries for minutes.
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except (OSError, OverflowError) as error:
-            raise InputError(f"{wanted}: no Ray cluster answers there ({error}): start one with `ray start --head`") from error
+            raise InputError(f"{wanted}: no Ray cluster answers at {place} ({error}): start one with `ray start --head`") from error
     try:
         ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"{wanted}: cannot join a Ray cluster there ({_line(error)}): start one with `ray start --head`") from error
     return ray, True
+
+
+def _last_started() -> str:
+    """HOST:PORT of the cluster that "auto" means, as Ray looks for it; "" where there is none."""
+    try:
+        return os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError):
+        return ""
