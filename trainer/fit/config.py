@@ -32,7 +32,7 @@ class FitConfig:
     volume_weight: float = 0.0  # on the mean product of scales (Scaffold-GS: 0.01, made for scenes; cubic lengths are tiny here)
     opacity_weight: float = 0.002  # "fixed" pulls towards opaque: a surface of few, solid splats is easier to learn
     perceptual_weight: float = 0.0  # on the perceptual distance; finer texture, at several times the seconds a step
-    perceptual_every: int = 2  # steps from one perceptual loss to the next
+    perceptual_every: int = 4  # steps from one perceptual loss to the next; a larger weight does not make up for it
     perceptual_crop: int = 128  # pixels, side of the square it looks at; time grows with its area
     perceptual_score: bool = True  # measure held-out views with it, where it can be had: a third of a second each at 256 pixels
     seed: int = 0

@@ -191,8 +191,7 @@ class _Losses:
         if self.perceptual is not None and step % config.perceptual_every == 0:
             window = _crop(alpha, config.perceptual_crop)
             pair = (each[window].permute(2, 0, 1)[None] for each in (picture, target))
-            # Seen every few steps, it weighs as much more.
-            loss = loss + config.perceptual_weight * config.perceptual_every * self.perceptual(*pair)[0]
+            loss = loss + config.perceptual_weight * self.perceptual(*pair)[0]
         return loss
 
 
