@@ -13,6 +13,8 @@ from PIL import Image
 
 from generator.errors import InputError
 from generator.render import Cameras
+from trainer.__main__ import main
+from trainer.dataset import read_shards
 from trainer.fit import FitConfig, fit
 from trainer.sources.g_objaverse import FOCAL, g_objaverse, import_views, read_views
 from trainer.views import Views, read_records
@@ -151,3 +153,16 @@ def test_bad_folders_are_one_line(tmp_path):
     (folder / "00000" / "00000_nd.exr").unlink()
     with pytest.raises(InputError, match="no such file"):
         read_views(folder, "a", SIDE)
+
+
+def test_the_command_goes_from_renders_to_atlases(release, tmp_path, capsys):
+    runs = ["--preset", "tiny", "--name", "verse", "--runs", str(tmp_path / "runs")]
+    assert main(["import-views", str(release), *runs, "--size", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2 objects" in out and "10-1235: InputError" in out
+    small = ["--fit.count", "500", "--fit.steps", "5", "--minimum-psnr", "5"]
+    assert main(["fit", *runs, *small]) == 0 and main(["atlas", *runs, *small]) == 0
+    (sample,) = [sample for sample, _ in read_shards(tmp_path / "runs" / "verse" / "shards") if sample.id == sample.record["object"]]
+    assert sample.id == "10-1234" and sample.record["library"] == "G-Objaverse" and sample.record["psnr"] > 5
+    assert main(["import-views", str(release / "10" / "1235"), *runs]) == 1
+    assert "failed for every object" in capsys.readouterr().err

@@ -2,11 +2,7 @@
 
 python -m trainer STAGE --preset NAME       one of the stages, or `train` for all of them
 python -m trainer farm --preset NAME        views, fit and atlas of an object in one task, on a cluster too
-python -m trainer atlas doctor PATH...      whether atlases are fit to be trained on, as a table, JSON and a picture
-python -m trainer import-fits PATH          Gaussians that others have fitted (GaussianVerse) as the fits of a run
-python -m trainer card --preset NAME        what a run's data set holds, how good it is and whom to thank, as Markdown
-python -m trainer scale RECORDS...          what a large data set would take, projected and simulated from the records of a small one
-python -m trainer layout --size N           compute a stored layout anew
+python -m trainer COMMAND ...               what stands beside the stages, see `COMMANDS`
 """
 
 from __future__ import annotations
@@ -37,26 +33,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:2] == ["atlas", "doctor"]:
-        return _doctor(arguments[2:])
-    if arguments[:1] == ["import-fits"]:
-        return _import_fits(arguments[1:])
-    if arguments[:1] == ["card"]:
-        return _card(arguments[1:])
-    if arguments[:1] == ["scale"]:
-        return _scale(arguments[1:])
+    for name, (command, _) in COMMANDS.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            return command(arguments[len(words) :])
     from .presets import PRESETS
     from .stages import STAGES, farm
 
     commands = {**STAGES, "farm": farm}
-    names = (*commands, "train", "layout")
+    names = (*commands, "train")
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         description="From objects to a model bundle, stage by stage. `train` runs every stage in order; each goes on where it stopped.",
         epilog="`python -m trainer STAGE --preset NAME --help` lists every setting; any can be given, e.g. --finetune.max-steps 500. "
-        "Beside the stages: `python -m trainer atlas doctor --help`, whether atlases are fit to be trained on; "
-        "`python -m trainer import-fits --help`, Gaussians that others have fitted; `python -m trainer card --help`, the card of a "
-        "data set; `python -m trainer scale --help`, what a large one takes.",
+        "Beside the stages, each with --help: " + "; ".join(f"`python -m trainer {name}`, {what}" for name, (_, what) in COMMANDS.items()),
         add_help=False,
     )
     parser.add_argument("stage", nargs="?", choices=names, metavar="STAGE", help=" | ".join(names))
@@ -69,8 +59,6 @@ def _run(arguments: list[str]) -> int:
         return 0 if options.help else 2
     if options.preset not in PRESETS:
         raise InputError(f"--preset {options.preset}: no such preset; choose one of {', '.join(PRESETS)}")
-    if options.stage == "layout":
-        return _layouts(rest, options.help)
 
     # tyro turns the nested dataclasses, with the comment beside each field, into options.
     import tyro
@@ -92,7 +80,7 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _layouts(arguments: list[str], help_wanted: bool) -> int:
+def _layouts(arguments: list[str]) -> int:
     """Compute the stored layouts anew."""
     from generator.atlas.layout import PROJECTIONS, default_path
 
@@ -101,7 +89,7 @@ def _layouts(arguments: list[str], help_wanted: bool) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer layout", description="Compute and store the layout of an atlas size.")
     parser.add_argument("--size", type=int, default=64, help="cells a side (default: 64)")
     parser.add_argument("--projection", choices=PROJECTIONS, default="equirectangular")
-    options = parser.parse_args(["--help"] if help_wanted else arguments)
+    options = parser.parse_args(arguments)
     layout = compute_layout(options.size, options.projection)
     layout.save(default_path(options.size, options.projection))
     print(f"layout {layout.id}: {default_path(options.size, options.projection)}")
@@ -110,33 +98,76 @@ def _layouts(arguments: list[str], help_wanted: bool) -> int:
 
 def _import_fits(arguments: list[str]) -> int:
     """Bring the fits of others into a run."""
+    from .sources import gaussian_verse as source
+
+    parser = _import_parser(
+        "import-fits",
+        "Bring Gaussians that others have fitted, such as GaussianVerse's, into RUNS/NAME/fits; then run the atlas stage.",
+        "a folder of CHUNK/OBJECT/point_cloud.ply, a folder of .ply, or one .ply",
+    )
+    parser.add_argument("--up", choices="zy", default="z", help="the files' up axis: z, front to -Y, or y, front to +Z (default: z)")
+    options = parser.parse_args(arguments)
+    fits = _run_of(options) / "fits"
+    objects, without = source.gaussian_verse(options.path, options.captions, options.up)
+    failures = source.import_fits(objects, fits, options.workers)
+    kept = [entry for entry in objects if entry.id not in failures]
+    return _imported("import-fits", objects, without, failures, fits, source.outlier_table(fits, kept))
+
+
+def _import_views(arguments: list[str]) -> int:
+    """Bring the renders of others into a run."""
+    from .presets import PRESETS
+    from .sources import g_objaverse as source
+
+    parser = _import_parser(
+        "import-views",
+        "Bring the renders of G-Objaverse into RUNS/NAME/views; then run the fit stage.",
+        "a folder that holds CHUNK/OBJECT/campos_512_v4",
+    )
+    parser.add_argument("--size", type=int, help="pixels, image side, a whole part of 512 (default: the preset's)")
+    options = parser.parse_args(arguments)
+    views = _run_of(options) / "views"
+    objects, without = source.g_objaverse(options.path, options.captions)
+    failures = source.import_views(objects, views, options.size or PRESETS[options.preset].views.size, options.workers)
+    return _imported("import-views", objects, without, failures, views)
+
+
+def _import_parser(command: str, description: str, path: str) -> argparse.ArgumentParser:
+    """What both imports take."""
     from .presets import PRESETS
 
     parser = argparse.ArgumentParser(
-        prog="python -m trainer import-fits",
-        description="Bring Gaussians that others have fitted, such as GaussianVerse's, into RUNS/NAME/fits; then run the atlas stage. "
-        "Finished objects are skipped, damaged ones are named and left out.",
+        prog=f"python -m trainer {command}",
+        description=f"{description} Finished objects are skipped, damaged ones are named and left out.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="a folder of CHUNK/OBJECT/point_cloud.ply, a folder of .ply, or one .ply")
+    parser.add_argument("path", type=Path, metavar="PATH", help=path)
     parser.add_argument("--preset", default="starter", choices=PRESETS, help="the run that takes them (default: starter)")
     parser.add_argument("--name", help="the run's folder in RUNS, where the stages get a --name too (default: the preset's name)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--captions", type=Path, help="CSV lines uid,caption as Cap3D has them, or JSON {CHUNK/OBJECT: caption}")
-    parser.add_argument("--up", choices="zy", default="z", help="the files' up axis: z, front to -Y, or y, front to +Z (default: z)")
     parser.add_argument("--workers", type=int, default=2, help="objects at the same time (default: 2)")
-    options = parser.parse_args(arguments)
+    return parser
 
-    from .sources import gaussian_verse as source
 
-    fits = options.runs / (options.name or PRESETS[options.preset].name) / "fits"
-    objects, without = source.gaussian_verse(options.path, options.captions, options.up)
-    failures = source.import_fits(objects, fits, options.workers)
+def _run_of(options: argparse.Namespace) -> Path:
+    from .presets import PRESETS
+
+    return options.runs / (options.name or PRESETS[options.preset].name)
+
+
+def _imported(command: str, objects: list, without: list[str], failures: dict[str, str], folder: Path, more: str = "") -> int:
+    """Say what was imported.
+
+    Raises:
+        WorkError: nothing was.
+    """
     for line in [*without, *(f"{identifier}: {reason}" for identifier, reason in failures.items())]:
         print(f"  {line}")
-    print(source.outlier_table(fits, [entry for entry in objects if entry.id not in failures]))
-    print(f"import-fits: {len(objects) - len(failures)} of {len(objects) + len(without)} objects in {fits}")
+    if more:
+        print(more)
+    print(f"{command}: {len(objects) - len(failures)} of {len(objects) + len(without)} objects in {folder}")
     if len(failures) == len(objects):
-        raise WorkError(f"import-fits failed for every object; the first says: {next(iter(failures.values()))}")
+        raise WorkError(f"{command} failed for every object; the first says: {next(iter(failures.values()))}")
     return 0
 
 
@@ -256,6 +287,15 @@ def _doctor(arguments: list[str]) -> int:
         doctor.save_picture(doctor.picture(found.pictured), options.picture)
     return found.status
 
+
+COMMANDS = {
+    "atlas doctor": (_doctor, "whether atlases are fit to be trained on, as a table, JSON and a picture"),
+    "import-fits": (_import_fits, "Gaussians that others have fitted (GaussianVerse) as the fits of a run"),
+    "import-views": (_import_views, "the renders of G-Objaverse as the views of a run"),
+    "card": (_card, "what a run's data set holds, how good it is and whom to thank, as Markdown"),
+    "scale": (_scale, "what a large data set would take, projected and simulated from the records of a small one"),
+    "layout": (_layouts, "compute a stored layout anew"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())
