@@ -44,7 +44,7 @@ def views(folder: Path | None, limit: int) -> list[Path]:
     paths = [views_path(CACHE, name) for name in OBJECTS]
     if not all(path.is_file() for path in paths):
         objects = [source for source in open_source(SWEET_HOME_3D, "runs/sources") if source.id in OBJECTS]
-        render_objects(objects, CACHE, ViewSettings(train=24, held_out=4, size=256, samples=16), workers=1)
+        render_objects(objects, CACHE, ViewSettings(train=24, held_out=4, size=256, samples=64), workers=1)
     return paths
 
 
