@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,17 @@ def test_fit_is_deterministic_and_stays_bounded():
     a, b = (fit(views, FitConfig(count=200, steps=20)).gaussians for _ in range(2))
     assert isinstance(a, Gaussians) and torch.equal(a.means, b.means) and torch.equal(a.colors, b.colors)
     assert len(a) == 200 and a.finite().all() and a.colors.min() >= 0 and a.colors.max() <= 1
+
+
+def test_a_glass_is_fitted_too():
+    """Half transparent all over: there is no opaque pixel to start from."""
+    views = sphere_views()
+    rgba = views.rgba.copy()
+    rgba[..., 3] //= 2
+    views = replace(views, rgba=rgba)
+    start, result = (fit(views, FitConfig(count=400, steps=steps)) for steps in (0, 60))
+    assert result.psnr > start.psnr + 2
+    assert render(result.gaussians, Cameras.orbit(1, 32)).alpha[0, 14:18, 14:18].mean() == pytest.approx(0.5, abs=0.2)
 
 
 def test_too_few_surface_samples_are_named():

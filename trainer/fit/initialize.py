@@ -14,11 +14,16 @@ from trainer.views import Views
 # Depth jumps by more than this many pixel widths across one pixel at a silhouette: such a sample floats between surfaces.
 _SILHOUETTE = 4.0
 _NEIGHBOURS = 6
+_OPAQUE, _GLASS = 251, 51  # least alphas: of opaque surfaces, and of any that has depth
 _LEAF = 128  # points in a leaf of the tree of candidates
 
 
-def surface_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Back-project every covered pixel: points [P, 3], unit normals [P, 3] (object frame), colours [P, 3] in 0..1."""
+def surface_points(views: Views, least_alpha: int = _OPAQUE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Back-project every covered pixel: points [P, 3], unit normals [P, 3] (object frame), colours [P, 3] in 0..1.
+
+    Args:
+        least_alpha: of 255; pixels at an edge are no more opaque than what they show of it, and left out with the rest.
+    """
     points, normals, colors = [], [], []
     columns, rows = np.meshgrid(np.arange(views.cameras.width) + 0.5, np.arange(views.cameras.height) + 0.5)
     for view in range(len(views.cameras)):
@@ -30,7 +35,7 @@ def surface_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         jump = np.maximum(np.abs(padded[2:, 1:-1] - padded[:-2, 1:-1]), np.abs(padded[1:-1, 2:] - padded[1:-1, :-2]))
         pixel = depth / K[0, 0]
         # Grazing surfaces have steep depth too: only a jump of many pixel widths is taken for a silhouette.
-        seen = (rgba[..., 3] > 250) & np.isfinite(depth) & (depth > 0) & (jump < 2 * _SILHOUETTE * pixel)
+        seen = (rgba[..., 3] >= least_alpha) & np.isfinite(depth) & (depth > 0) & (jump < 2 * _SILHOUETTE * pixel)
         z = depth[seen]
         camera = np.stack([(columns[seen] - K[0, 2]) / K[0, 0] * z, (rows[seen] - K[1, 2]) / K[1, 1] * z, z], axis=1)
         points.append((camera - viewmat[:3, 3]) @ viewmat[:3, :3])
@@ -101,6 +106,10 @@ def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
         InputError: the views show less than `count` surface samples.
     """
     points, normals, colors = surface_points(views)
+    opacity = 0.9
+    if len(points) < count:  # glass all over, whose back shows through
+        points, normals, colors = surface_points(views, _GLASS)
+        opacity = 0.2
     if len(points) < count:
         raise InputError(f"the views show only {len(points)} surface samples, fewer than the {count} Gaussians asked for; use larger views")
     # A dozen candidates for each Gaussian are even enough.
@@ -120,7 +129,7 @@ def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
         means=torch.from_numpy(points[chosen]),
         quaternions=normals_to_quaternions(torch.from_numpy(normals[chosen])),
         scales=torch.from_numpy(scales.astype(np.float32)),
-        opacities=torch.full((count,), 0.9),
+        opacities=torch.full((count,), opacity),
         colors=torch.from_numpy(color.astype(np.float32)),
     )
 
