@@ -13,7 +13,7 @@ from generator.gaussians import Gaussians, quaternions_to_matrices
 from generator.render import Cameras, render
 from tests.sphere import sphere_views
 from trainer.fit import FitConfig, fit, score
-from trainer.fit.initialize import farthest_points, initialize, normals_to_quaternions
+from trainer.fit.initialize import carved_points, farthest_points, initialize, normals_to_quaternions
 from trainer.fit.losses import ssim
 from trainer.views import Views
 
@@ -130,6 +130,32 @@ def test_a_glass_is_fitted_too():
     assert render(result.gaussians, Cameras.orbit(1, 32)).alpha[0, 14:18, 14:18].mean() == pytest.approx(0.5, abs=0.2)
 
 
+def test_outlines_carve_the_sphere():
+    views = sphere_views()
+    points, normals, colors = carved_points(views)
+    radii = np.linalg.norm(points, axis=1)
+    # Twelve outlines leave a little more than the sphere, and no less than a voxel of it.
+    assert 0.375 < radii.min() and radii.max() < 0.47 and np.median(radii) == pytest.approx(0.4, abs=0.015)
+    alike = (normals * points).sum(1) / radii
+    assert np.median(alike) > 0.98 and (alike > 0.7).mean() > 0.99
+    away = np.abs(points[:, 2]) > 0.05
+    assert ((colors[:, 0] > colors[:, 2]) == (points[:, 2] > 0))[away].mean() > 0.98
+
+
+def test_views_without_depth_are_fitted_from_their_outlines():
+    views = sphere_views()
+    blind = replace(views, depth=np.zeros_like(views.depth), normals=np.zeros_like(views.normals))
+    start, result = (fit(blind, FitConfig(count=400, steps=steps)) for steps in (0, 150))
+    assert result.psnr > start.psnr + 3 and result.psnr > fit(views, FitConfig(count=400, steps=150)).psnr - 2
+    same = fit(views, FitConfig(count=400, steps=0, start="outline"))
+    assert torch.equal(same.gaussians.means, start.gaussians.means)
+
+
 def test_too_few_surface_samples_are_named():
     with pytest.raises(InputError, match="surface samples"):
         initialize(sphere_views(16), 100_000)
+    views = sphere_views(16)
+    with pytest.raises(InputError, match="surface samples"):
+        initialize(replace(views, rgba=np.zeros_like(views.rgba), depth=np.zeros_like(views.depth)), 10)
+    with pytest.raises(InputError, match="depth, outline"):
+        FitConfig(start="mesh")

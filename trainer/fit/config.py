@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from generator.errors import InputError
 
 # What each does is in strategies.py; docs/fitting.md compares them.
+STARTS = ("depth", "outline")
 STRATEGIES = ("fixed", "default", "mcmc", "scaffold", "visibility", "contribution", "opacity")
 BOUNDED = ("mcmc", "visibility", "contribution", "opacity")
 
@@ -20,6 +21,7 @@ class FitConfig:
     """
 
     count: int = 4096  # Gaussians; "fixed" keeps exactly as many, the other strategies start from them
+    start: str = "depth"  # where they start: on the surface that the views' depth shows, or carved from their "outline" (slower)
     steps: int = 150  # optimisation steps, one view each; 0 keeps the surface initialisation
     means_rate: float = 4e-4  # object lengths
     quaternions_rate: float = 2e-3
@@ -52,6 +54,8 @@ class FitConfig:
     mcmc_weight: float = 0.01  # on mean opacity and mean scale: lets useless Gaussians die so that they can move
 
     def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise InputError(f"fit.start is {self.start!r}: choose one of {', '.join(STARTS)}")
         if self.strategy not in STRATEGIES:
             raise InputError(f"fit.strategy is {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
         for name in ("count", "bound", "refine_every", "perceptual_every", "anchor_levels", "anchor_offsets"):

@@ -67,7 +67,7 @@ def fit(
 def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None] | None) -> Gaussians:
     if not len(views):
         raise InputError("the views hold no training view: nothing can be fitted")
-    initial = initialize(views, config.count, config.seed)
+    initial = initialize(views, config.count, config.seed, config.start)
     params, optimizers = _parameters(initial), {}
     for name, rate in _rates(config).items():
         optimizers[name] = torch.optim.Adam([params[name]], lr=rate, eps=1e-15)

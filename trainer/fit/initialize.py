@@ -1,10 +1,11 @@
-"""Gaussians laid evenly over the surface that the views saw: where a fit starts."""
+"""Gaussians laid evenly over the surface: where a fit starts. The surface comes from the views' depth, or is carved from their outlines."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 import torch
+from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
 from generator.errors import InputError
@@ -16,6 +17,8 @@ _SILHOUETTE = 4.0
 _NEIGHBOURS = 6
 _OPAQUE, _GLASS = 251, 51  # least alphas: of opaque surfaces, and of any that has depth
 _LEAF = 128  # points in a leaf of the tree of candidates
+_VOXELS = 144  # of the carved box, a side
+_BOX = 1.04  # object lengths, its side: the object's own and a little air
 
 
 def surface_points(views: Views, least_alpha: int = _OPAQUE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,6 +47,48 @@ def surface_points(views: Views, least_alpha: int = _OPAQUE) -> tuple[np.ndarray
     normals = np.concatenate(normals)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
     return np.concatenate(points).astype(np.float32), normals, np.concatenate(colors)
+
+
+def carved_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The surface of the visual hull (Laurentini 1994), the largest object with these outlines: as `surface_points`, without depth.
+
+    Hollows that no outline shows are filled. A colour is the pixel of the view that a point faces most, hidden or not.
+    """
+    viewmats, Ks = views.cameras.viewmats.numpy(), views.cameras.Ks.numpy()
+    inside = _carve(np.ascontiguousarray(views.rgba[..., 3] > 127), viewmats, Ks, _VOXELS, _BOX)
+    # One voxel of air round the box: what touches its walls has a surface there.
+    padded = np.pad(inside, 1)
+    surface = inside & ~binary_erosion(padded)[1:-1, 1:-1, 1:-1]
+    smooth = gaussian_filter(padded.astype(np.float32), 1.5)
+    gradient = np.stack(np.gradient(smooth), axis=-1)[1:-1, 1:-1, 1:-1][surface]
+    normals = -gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-6)
+    points = ((np.argwhere(surface) + 0.5) / _VOXELS - 0.5) * _BOX
+    view = (normals @ views.cameras.positions.numpy().T).argmax(1)
+    camera = np.einsum("nij,nj->ni", viewmats[view, :3, :3], points) + viewmats[view, :3, 3]
+    pixels = np.einsum("nij,nj->ni", Ks[view], camera / camera[:, 2:])[:, :2]
+    column, row = (np.clip(pixels[:, axis].astype(np.int64), 0, views.rgba.shape[2 - axis] - 1) for axis in (0, 1))
+    colors = views.rgba[view, row, column, :3].astype(np.float32) / 255
+    return points.astype(np.float32), normals.astype(np.float32), colors
+
+
+@numba.njit(cache=True)
+def _carve(masks: np.ndarray, viewmats: np.ndarray, Ks: np.ndarray, voxels: int, box: float) -> np.ndarray:
+    """Which voxels [n, n, n] lie within the outline of every view; what a view does not frame it says nothing of."""
+    count, height, width = masks.shape
+    inside = np.ones((voxels, voxels, voxels), np.bool_)
+    for i in range(voxels):
+        for j in range(voxels):
+            for k in range(voxels):
+                x, y, z = ((i + 0.5) / voxels - 0.5) * box, ((j + 0.5) / voxels - 0.5) * box, ((k + 0.5) / voxels - 0.5) * box
+                for v in range(count):
+                    m = viewmats[v]
+                    depth = m[2, 0] * x + m[2, 1] * y + m[2, 2] * z + m[2, 3]
+                    column = Ks[v, 0, 0] * (m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3]) / depth + Ks[v, 0, 2]
+                    row = Ks[v, 1, 1] * (m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3]) / depth + Ks[v, 1, 2]
+                    if depth > 0 and 0 <= column < width and 0 <= row < height and not masks[v, int(row), int(column)]:
+                        inside[i, j, k] = False
+                        break
+    return inside
 
 
 def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
@@ -97,23 +142,30 @@ def _farthest(points, starts, lowest, highest, first, count):
     return chosen
 
 
-def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
+def initialize(views: Views, count: int, seed: int = 0, start: str = "depth") -> Gaussians:
     """`count` flat Gaussians, spread as evenly as possible over what the views show.
 
     Each lies in the surface's tangent plane, is as wide as its distance to its neighbours and nearly opaque.
 
+    Args:
+        start: "depth", the surface that the views' depth shows, or "outline", the one that their outlines leave. Views without
+            any depth have outlines alone.
+
     Raises:
         InputError: the views show less than `count` surface samples.
     """
-    points, normals, colors = surface_points(views)
+    generator = np.random.default_rng(seed)
     opacity = 0.9
-    if len(points) < count:  # glass all over, whose back shows through
-        points, normals, colors = surface_points(views, _GLASS)
-        opacity = 0.2
+    if start == "outline" or not views.depth.any():
+        points, normals, colors = _several(carved_points(views), 12 * count, generator)
+    else:
+        points, normals, colors = surface_points(views)
+        if len(points) < count:  # glass all over, whose back shows through
+            points, normals, colors = surface_points(views, _GLASS)
+            opacity = 0.2
     if len(points) < count:
         raise InputError(f"the views show only {len(points)} surface samples, fewer than the {count} Gaussians asked for; use larger views")
     # A dozen candidates for each Gaussian are even enough.
-    generator = np.random.default_rng(seed)
     candidates = generator.permutation(len(points))[: 12 * count]
     chosen = candidates[farthest_points(points[candidates], count)]
     # A sample's colour is one noisy pixel: average over the samples round it.
@@ -132,6 +184,16 @@ def initialize(views: Views, count: int, seed: int = 0) -> Gaussians:
         opacities=torch.full((count,), opacity),
         colors=torch.from_numpy(color.astype(np.float32)),
     )
+
+
+def _several(surface: tuple[np.ndarray, ...], wanted: int, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """About `wanted` points of a surface of voxels: each several times, anywhere in its voxel."""
+    points, normals, colors = surface
+    points, normals, colors = (np.repeat(part, -(-wanted // max(1, len(points))), axis=0) for part in (points, normals, colors))
+    jitter = generator.uniform(-0.5, 0.5, points.shape) * _BOX / _VOXELS
+    # Within the tangent plane: the surface stays as thin as it is.
+    jitter -= (jitter * normals).sum(1, keepdims=True) * normals
+    return (points + jitter).astype(np.float32), normals, colors
 
 
 def normals_to_quaternions(normals: torch.Tensor) -> torch.Tensor:
