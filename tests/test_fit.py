@@ -151,6 +151,13 @@ def test_views_without_depth_are_fitted_from_their_outlines():
     assert torch.equal(same.gaussians.means, start.gaussians.means)
 
 
+def test_more_gaussians_than_samples_share_their_pixels():
+    views = sphere_views(16)
+    gaussians = initialize(views, 3000)
+    assert len(gaussians) == 3000 and len({tuple(row) for row in gaussians.means.tolist()}) == 3000
+    assert (gaussians.means.norm(dim=1) - 0.4).abs().max() < 0.03
+
+
 def test_too_few_surface_samples_are_named():
     with pytest.raises(InputError, match="surface samples"):
         initialize(sphere_views(16), 100_000)

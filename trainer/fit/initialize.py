@@ -15,6 +15,8 @@ from trainer.views import Views
 # Depth jumps by more than this many pixel widths across one pixel at a silhouette: such a sample floats between surfaces.
 _SILHOUETTE = 4.0
 _NEIGHBOURS = 6
+_SHARED = 16  # Gaussians that may start from one sample, somewhere in its pixel
+_MOSTLY = 0.05  # share of opaque samples below which an object counts as glass
 _OPAQUE, _GLASS = 251, 51  # least alphas: of opaque surfaces, and of any that has depth
 _LEAF = 128  # points in a leaf of the tree of candidates
 _VOXELS = 144  # of the carved box, a side
@@ -157,14 +159,18 @@ def initialize(views: Views, count: int, seed: int = 0, start: str = "depth") ->
     generator = np.random.default_rng(seed)
     opacity = 0.9
     if start == "outline" or not views.depth.any():
-        points, normals, colors = _several(carved_points(views), 12 * count, generator)
+        points, normals, colors = carved_points(views)
+        apart = _BOX / _VOXELS
     else:
         points, normals, colors = surface_points(views)
-        if len(points) < count:  # glass all over, whose back shows through
-            points, normals, colors = surface_points(views, _GLASS)
-            opacity = 0.2
-    if len(points) < count:
-        raise InputError(f"the views show only {len(points)} surface samples, fewer than the {count} Gaussians asked for; use larger views")
+        whole = surface_points(views, _GLASS)
+        if len(points) < _MOSTLY * len(whole[0]):  # glass all over, whose back shows through
+            (points, normals, colors), opacity = whole, 0.2
+        apart = float(views.cameras.positions.norm(dim=1).mean() / views.cameras.Ks[:, 0, 0].mean())
+    if len(points) * _SHARED < count:
+        raise InputError(f"the views show only {len(points)} surface samples, too few for {count} Gaussians; use larger views")
+    if len(points) < 2 * count:  # thin things in small views
+        points, normals, colors = _several((points, normals, colors), 12 * count, apart, generator)
     # A dozen candidates for each Gaussian are even enough.
     candidates = generator.permutation(len(points))[: 12 * count]
     chosen = candidates[farthest_points(points[candidates], count)]
@@ -186,14 +192,12 @@ def initialize(views: Views, count: int, seed: int = 0, start: str = "depth") ->
     )
 
 
-def _several(surface: tuple[np.ndarray, ...], wanted: int, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """About `wanted` points of a surface of voxels: each several times, anywhere in its voxel."""
-    points, normals, colors = surface
-    points, normals, colors = (np.repeat(part, -(-wanted // max(1, len(points))), axis=0) for part in (points, normals, colors))
-    jitter = generator.uniform(-0.5, 0.5, points.shape) * _BOX / _VOXELS
-    # Within the tangent plane: the surface stays as thin as it is.
-    jitter -= (jitter * normals).sum(1, keepdims=True) * normals
-    return (points + jitter).astype(np.float32), normals, colors
+def _several(surface: tuple[np.ndarray, ...], wanted: int, apart: float, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """At least `wanted` points of a surface of samples that are `apart`: each several times, around its place in its tangent plane."""
+    points, normals, colors = (np.repeat(part, -(-wanted // len(surface[0])), axis=0) for part in surface)
+    aside = generator.uniform(-0.5, 0.5, points.shape) * apart
+    aside -= (aside * normals).sum(1, keepdims=True) * normals
+    return (points + aside).astype(np.float32), normals, colors
 
 
 def normals_to_quaternions(normals: torch.Tensor) -> torch.Tensor:
