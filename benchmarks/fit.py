@@ -58,6 +58,9 @@ def configurations(counts: list[int], steps: int) -> list[tuple[str, FitConfig]]
         found += [("surface, not optimised", replace(fixed, steps=0)), ("fixed", fixed)]
         found += [(name, replace(growing, strategy=name)) for name in ("opacity", "visibility", "contribution", "mcmc")]
     first = counts[0]
+    blind = FitConfig(count=first, bound=first, steps=steps, start="outline")
+    found.append(("from outlines, fixed", blind))
+    found.append(("from outlines, mcmc", replace(blind, count=3 * first // 4, strategy="mcmc")))
     seen = FitConfig(count=first, bound=first, steps=steps, perceptual_weight=0.05)
     found.append(("fixed, perceptual", seen))
     found.append(("visibility, perceptual", replace(seen, count=3 * first // 4, grow_gradient=1e-4, strategy="visibility")))

@@ -39,7 +39,7 @@ class FitConfig:
     perceptual_score: bool = True  # measure held-out views with it, where it can be had: a third of a second each at 256 pixels
     seed: int = 0
 
-    strategy: str = "fixed"  # how Gaussians come and go: one of STRATEGIES
+    strategy: str = "fixed"  # how Gaussians come and go: fixed, default, mcmc, scaffold, visibility, contribution or opacity
     bound: int = 36_864  # Gaussians that mcmc and the pruning strategies never exceed (the paper's tau, 192 x 192)
     refine_every: int = 15  # steps between two changes of the set; each change needs time to settle
     refine_from: float = 0.05  # share of the steps before the first change
