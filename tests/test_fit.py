@@ -13,7 +13,7 @@ from generator.gaussians import Gaussians, quaternions_to_matrices
 from generator.render import Cameras, render
 from tests.sphere import sphere_views
 from trainer.fit import FitConfig, fit, score
-from trainer.fit.initialize import carved_points, farthest_points, initialize, normals_to_quaternions
+from trainer.fit.initialize import carved_points, farthest_points, initialize, normals_to_quaternions, surface_points
 from trainer.fit.losses import ssim
 from trainer.views import Views
 
@@ -117,6 +117,15 @@ def test_fit_is_deterministic_and_stays_bounded():
     a, b = (fit(views, FitConfig(count=200, steps=20)).gaussians for _ in range(2))
     assert isinstance(a, Gaussians) and torch.equal(a.means, b.means) and torch.equal(a.colors, b.colors)
     assert len(a) == 200 and a.finite().all() and a.colors.min() >= 0 and a.colors.max() <= 1
+
+
+def test_a_pole_two_pixels_wide_has_a_surface():
+    """Its pixels have nothing but air beside them, which is no jump to another surface."""
+    views = sphere_views()
+    rgba, depth = np.zeros_like(views.rgba), np.zeros_like(views.depth)
+    rgba[:, 5:60, 31:33], depth[:, 5:60, 31:33] = (90, 90, 90, 255), views.cameras.positions.norm(dim=1)[0]
+    points = surface_points(replace(views, rgba=rgba, depth=depth))[0]
+    assert len(points) == len(views) * 55 * 2
 
 
 def test_a_glass_is_fitted_too():

@@ -16,19 +16,20 @@ from trainer.views import Views
 _SILHOUETTE = 4.0
 _NEIGHBOURS = 6
 _SHARED = 16  # Gaussians that may start from one sample, somewhere in its pixel
-_MOSTLY = 0.05  # share of opaque samples below which an object counts as glass
-_OPAQUE, _GLASS = 251, 51  # least alphas: of opaque surfaces, and of any that has depth
+_OPAQUE, _FAINT = 251, 51  # least alphas of 255: of opaque surfaces, and of any that has a depth
+_GLASS = 0.05  # share of opaque pixels below which an object counts as transparent all over
 _LEAF = 128  # points in a leaf of the tree of candidates
 _VOXELS = 144  # of the carved box, a side
 _BOX = 1.04  # object lengths, its side: the object's own and a little air
 
 
-def surface_points(views: Views, least_alpha: int = _OPAQUE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Back-project every covered pixel: points [P, 3], unit normals [P, 3] (object frame), colours [P, 3] in 0..1.
+def surface_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Back-project every opaque pixel: points [P, 3], unit normals [P, 3] (object frame), colours [P, 3] in 0..1.
 
-    Args:
-        least_alpha: of 255; pixels at an edge are no more opaque than what they show of it, and left out with the rest.
+    Of objects that are transparent all over it is every pixel that has a depth. (Taking such pixels of other objects too,
+    wherever nothing near is opaque, was tried: the rims of leaves then lie in the way of what is behind them.)
     """
+    least = _FAINT if _is_glass(views) else _OPAQUE
     points, normals, colors = [], [], []
     columns, rows = np.meshgrid(np.arange(views.cameras.width) + 0.5, np.arange(views.cameras.height) + 0.5)
     for view in range(len(views.cameras)):
@@ -36,11 +37,13 @@ def surface_points(views: Views, least_alpha: int = _OPAQUE) -> tuple[np.ndarray
         viewmat = views.cameras.viewmats[view].numpy()
         rgba = views.rgba[view]
         depth = np.asarray(views.depth[view], np.float32)
-        padded = np.pad(depth, 1, mode="edge")
-        jump = np.maximum(np.abs(padded[2:, 1:-1] - padded[:-2, 1:-1]), np.abs(padded[1:-1, 2:] - padded[1:-1, :-2]))
-        pixel = depth / K[0, 0]
-        # Grazing surfaces have steep depth too: only a jump of many pixel widths is taken for a silhouette.
-        seen = (rgba[..., 3] >= least_alpha) & np.isfinite(depth) & (depth > 0) & (jump < 2 * _SILHOUETTE * pixel)
+        around = np.pad(depth, 1)
+        left, right, up, down = (
+            np.where(near > 0, near, depth) for near in (around[1:-1, :-2], around[1:-1, 2:], around[:-2, 1:-1], around[2:, 1:-1])
+        )
+        jump = np.maximum(np.abs(right - left), np.abs(down - up))
+        # Grazing surfaces have steep depth too: only a jump of many pixel widths lies between two surfaces.
+        seen = (rgba[..., 3] >= least) & np.isfinite(depth) & (depth > 0) & (jump < 2 * _SILHOUETTE * depth / K[0, 0])
         z = depth[seen]
         camera = np.stack([(columns[seen] - K[0, 2]) / K[0, 0] * z, (rows[seen] - K[1, 2]) / K[1, 1] * z, z], axis=1)
         points.append((camera - viewmat[:3, 3]) @ viewmat[:3, :3])
@@ -49,6 +52,11 @@ def surface_points(views: Views, least_alpha: int = _OPAQUE) -> tuple[np.ndarray
     normals = np.concatenate(normals)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
     return np.concatenate(points).astype(np.float32), normals, np.concatenate(colors)
+
+
+def _is_glass(views: Views) -> bool:
+    alpha = views.rgba[..., 3]
+    return bool((alpha >= _OPAQUE).sum() < _GLASS * (alpha >= _FAINT).sum())
 
 
 def carved_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -163,9 +171,8 @@ def initialize(views: Views, count: int, seed: int = 0, start: str = "depth") ->
         apart = _BOX / _VOXELS
     else:
         points, normals, colors = surface_points(views)
-        whole = surface_points(views, _GLASS)
-        if len(points) < _MOSTLY * len(whole[0]):  # glass all over, whose back shows through
-            (points, normals, colors), opacity = whole, 0.2
+        if _is_glass(views):  # its back shows through
+            opacity = 0.2
         apart = float(views.cameras.positions.norm(dim=1).mean() / views.cameras.Ks[:, 0, 0].mean())
     if len(points) * _SHARED < count:
         raise InputError(f"the views show only {len(points)} surface samples, too few for {count} Gaussians; use larger views")
