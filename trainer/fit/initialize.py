@@ -17,6 +17,7 @@ _SILHOUETTE = 4.0
 _NEIGHBOURS = 6
 _SHARED = 16  # Gaussians that may start from one sample, somewhere in its pixel
 _OPAQUE, _FAINT = 251, 51  # least alphas of 255: of opaque surfaces, and of any that has a depth
+_TOUCHED = 25  # of 255: alpha from which a pixel belongs to the outline; thin things cover no pixel half
 _GLASS = 0.05  # share of opaque pixels below which an object counts as transparent all over
 _LEAF = 128  # points in a leaf of the tree of candidates
 _VOXELS = 144  # of the carved box, a side
@@ -65,7 +66,7 @@ def carved_points(views: Views) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Hollows that no outline shows are filled. A colour is the pixel of the view that a point faces most, hidden or not.
     """
     viewmats, Ks = views.cameras.viewmats.numpy(), views.cameras.Ks.numpy()
-    inside = _carve(np.ascontiguousarray(views.rgba[..., 3] > 127), viewmats, Ks, _VOXELS, _BOX)
+    inside = _carve(np.ascontiguousarray(views.rgba[..., 3] >= _TOUCHED), viewmats, Ks, _VOXELS, _BOX)
     # One voxel of air round the box: what touches its walls has a surface there.
     padded = np.pad(inside, 1)
     surface = inside & ~binary_erosion(padded)[1:-1, 1:-1, 1:-1]
