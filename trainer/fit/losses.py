@@ -66,16 +66,15 @@ def _similarity(x, y, moments, wants_slopes):
     return total, slopes
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+@numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
 def _blur(images, line):
     """Every picture [K, H, W] under the separable window, zero outside the picture."""
     count, height, width = images.shape
     result = np.empty_like(images)
     # The window written out: the compiler keeps the sum in a register and makes vectors of the columns.
     a, b, c, d, e, f = line[0], line[1], line[2], line[3], line[4], line[5]
-    rows = np.zeros((height + 10, width), np.float32)
-    across = np.zeros(width + 10, np.float32)
-    for k in range(count):
+    for k in numba.prange(count):
+        rows, across = np.zeros((height + 10, width), np.float32), np.zeros(width + 10, np.float32)
         rows[5 : height + 5] = images[k]
         for row in range(height):
             r0, r1, r2, r3, r4, r5 = rows[row], rows[row + 1], rows[row + 2], rows[row + 3], rows[row + 4], rows[row + 5]
