@@ -11,21 +11,13 @@ from pathlib import Path
 
 import torch
 from _report import report
+from transport import OBJECTS
 
 from generator.gaussians import Gaussians
 from generator.render import render, save_png
 from trainer.fit import FitConfig, FitResult, fit, score
 from trainer.views import Views
 
-# Those of the transport benchmark: a thin chair, a plant, a car, a bowl, a chandelier and a horse.
-OBJECTS = (
-    "blend-swap-cc-0-antiquechair",
-    "blend-swap-cc-0-augalas",
-    "kator-legaz-concept-sedan-02",
-    "kator-legaz-bowl",
-    "scopia-chandelier-lamp",
-    "blend-swap-cc-0-horse2",
-)
 CACHE = Path("build/benchmarks/fit")
 GOALS = (30, 33)  # dB on held-out views
 LOOK_EVERY = 20  # steps between two looks whether a goal is reached
