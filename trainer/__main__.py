@@ -134,19 +134,24 @@ def _import_views(arguments: list[str]) -> int:
 
 def _import_parser(command: str, description: str, path: str) -> argparse.ArgumentParser:
     """What both imports take."""
-    from .presets import PRESETS
-
     parser = argparse.ArgumentParser(
         prog=f"python -m trainer {command}",
         description=f"{description} Finished objects are skipped, damaged ones are named and left out.",
     )
     parser.add_argument("path", type=Path, metavar="PATH", help=path)
-    parser.add_argument("--preset", default="starter", choices=PRESETS, help="the run that takes them (default: starter)")
-    parser.add_argument("--name", help="the run's folder in RUNS, where the stages get a --name too (default: the preset's name)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    _add_run(parser)
     parser.add_argument("--captions", type=Path, help="CSV lines uid,caption as Cap3D has them, or JSON {CHUNK/OBJECT: caption}")
     parser.add_argument("--workers", type=int, default=2, help="objects at the same time (default: 2)")
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """The options that name a run; `_run_of` is its folder."""
+    from .presets import PRESETS
+
+    parser.add_argument("--preset", default="starter", choices=PRESETS, help="the run's preset (default: starter)")
+    parser.add_argument("--name", help="the run's folder in RUNS, where the stages get a --name too (default: the preset's name)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
 
 
 def _run_of(options: argparse.Namespace) -> Path:
@@ -173,19 +178,15 @@ def _imported(command: str, objects: list, without: list[str], failures: dict[st
 
 def _card(arguments: list[str]) -> int:
     """Write the card of a run's data set."""
-    from .presets import PRESETS
-
     parser = argparse.ArgumentParser(
         prog="python -m trainer card",
         description="A Markdown card of a run's data set, from its records and shards: counts, Gaussians per object, quality, seconds, "
         "failures with their reasons, licences, and the credits of every object.",
     )
-    parser.add_argument("--preset", default="starter", choices=PRESETS, help="the run (default: starter)")
-    parser.add_argument("--name", help="the run's folder in RUNS, where the stages got a --name too (default: the preset's name)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    _add_run(parser)
     parser.add_argument("--output", type=Path, metavar="F.md", help="where to write it (default: CARD.md in the run's folder)")
     options = parser.parse_args(arguments)
-    run = options.runs / (options.name or PRESETS[options.preset].name)
+    run = _run_of(options)
     if not run.is_dir():
         raise InputError(f"{run}: no such run: run `python -m trainer farm --preset {options.preset}` first, or give --name or --runs")
     output = options.output or run / "CARD.md"
