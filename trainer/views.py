@@ -21,13 +21,16 @@ import numpy as np
 import torch
 
 from generator.errors import InputError, WorkError
-from generator.render.cameras import RADIUS, Cameras
+from generator.render.cameras import FOV_DEGREES, RADIUS, Cameras
 from generator.render.ewa import LOW_PASS
 
 from .sources import SourceObject, extract
 
 RECORDS = "views.jsonl"
 SETTINGS = "views.json"
+RIGS = ("sphere", "g_objaverse")
+_AIR = 1.04  # of the distance at which an object would touch the frame
+_REACH = 0.65  # object lengths from the centre to the farthest vertex, where no object is at hand
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,13 @@ class ViewSettings:
     held_out: int = 4  # cameras on a ring 20 degrees up, to judge by; never fitted
     size: int = 128  # pixels, image side
     samples: int = 16  # paths per pixel; noise falls with its root, time grows in proportion
+    rig: str = "sphere"  # cameras all round at one distance, or "g_objaverse": two rings, top and bottom, the object filling the frame
 
     def __post_init__(self) -> None:
+        if self.rig not in RIGS:
+            raise InputError(f"rig must be one of {', '.join(RIGS)}, got {self.rig!r}")
+        if self.rig != "sphere" and self.train + self.held_out < 6:
+            raise InputError(f"rig {self.rig} needs 6 cameras or more, got train {self.train} and held_out {self.held_out}")
         for name, least in (("train", 1), ("held_out", 0), ("size", 8), ("samples", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -48,16 +56,39 @@ class ViewSettings:
     def low_pass(self) -> float:
         """Standard deviation of the renderers' low-pass at the object's distance, in object units."""
         cameras, _ = self.cameras()
-        return math.sqrt(LOW_PASS) * RADIUS / float(cameras.Ks[0, 0, 0])
+        return math.sqrt(LOW_PASS) * float(cameras.positions[0].norm() / cameras.Ks[0, 0, 0])
 
-    def cameras(self) -> tuple[Cameras, np.ndarray]:
-        """The cameras, and [V] which split each belongs to ("train" or "held_out")."""
+    def cameras(self, reach: float = _REACH) -> tuple[Cameras, np.ndarray]:
+        """The cameras, and [V] which split each belongs to ("train" or "held_out").
+
+        Args:
+            reach: object lengths from the origin to the object's farthest vertex, which "g_objaverse" brings to the frame's edge.
+        """
+        if self.rig == "g_objaverse":
+            return self._rings(reach)
         sets = [Cameras.around(self.train, self.size)]
         if self.held_out:
             sets.append(Cameras.orbit(self.held_out, self.size, radius=RADIUS))
         viewmats, Ks = torch.cat([s.viewmats for s in sets]), torch.cat([s.Ks for s in sets])
         split = np.array(["train"] * self.train + ["held_out"] * self.held_out)
         return Cameras(viewmats, Ks, self.size, self.size), split
+
+    def _rings(self, reach: float) -> tuple[Cameras, np.ndarray]:
+        """Cameras like those of G-Objaverse (Qiu et al. 2023): three fifths 5 to 30 degrees up, the others level, top and bottom."""
+        count = self.train + self.held_out
+        upper = round(0.6 * (count - 2))
+        steps = torch.arange(count - 2)
+        azimuths = 2 * math.pi * torch.cat([steps[:upper] / upper, (steps[upper:] - upper) / (count - 2 - upper)])
+        # Each view of the upper ring has a height of its own, neighbours unlike ones.
+        golden = (steps * (math.sqrt(5) - 1) / 2) % 1
+        elevations = torch.deg2rad(torch.where(steps < upper, 5 + 25 * golden, torch.zeros(count - 2)))
+        level = torch.cos(elevations)
+        ring = torch.stack([torch.sin(azimuths) * level, -torch.cos(azimuths) * level, torch.sin(elevations)], dim=1)
+        directions = torch.cat([ring, torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])])
+        distance = _AIR * reach / math.sin(math.radians(FOV_DEGREES) / 2)
+        split = np.full(count, "train", dtype="<U8")
+        split[np.linspace(0, count - 3, self.held_out).round().astype(int)] = "held_out"
+        return Cameras.look_at(distance * directions, self.size), split
 
 
 @dataclass(frozen=True)
@@ -144,12 +175,12 @@ def render_object(source: SourceObject, settings: ViewSettings | None = None, th
     from . import scene
 
     settings = settings or ViewSettings()
-    cameras, split = settings.cameras()
     with tempfile.TemporaryDirectory(prefix="views-") as name, scene.quiet():
         directory = Path(name)
         mesh = extract(source, directory / "mesh")
         rotation = None if source.rotation is None else np.array(source.rotation)
-        scene.load_object(mesh, up=source.up, rotation=rotation, size=source.size)
+        reach = scene.load_object(mesh, up=source.up, rotation=rotation, size=source.size)
+        cameras, split = settings.cameras(reach)
         linear, depth, normals = scene.render_cameras(cameras, directory, settings.samples, threads)
     if not (linear[..., 3] > 0.5).any():
         raise WorkError(f"{source.id}: nothing of it shows in any view")
@@ -251,8 +282,9 @@ def _check_settings(directory: Path, settings: ViewSettings) -> None:
     wanted = dataclasses.asdict(settings)
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            # Folders from before a setting existed were rendered with its default.
+            found = {**dataclasses.asdict(ViewSettings()), **json.loads(path.read_text(encoding="utf-8"))}
+        except (TypeError, ValueError) as error:
             raise InputError(f"{path}: not readable as JSON ({error}): delete the folder and render again") from error
         if found != wanted:
             raise InputError(f"{directory}: rendered with other settings ({found}): choose another folder or delete this one")
