@@ -14,6 +14,7 @@ from generator.formats import load
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
 from generator.render import Cameras, render
+from trainer.fit import psnr
 
 PROMPTS = ("an armchair", "a lamp", "a car", "a plant", "a table", "a bed", "a sofa", "a wardrobe")
 CAMERAS = Cameras.orbit(4, 256)
@@ -57,4 +58,4 @@ def foreground_psnr(gaussians: Gaussians, reference: Gaussians) -> float:
     """dB over the pixels that the reference covers, in four views on white."""
     got, want = (render(each, CAMERAS, background=(1, 1, 1)) for each in (gaussians, reference))
     covered = want.alpha > 1 / 255
-    return -10 * float(torch.log10((got.rgb - want.rgb).square()[covered].mean().clamp_min(1e-10)))
+    return psnr((got.rgb - want.rgb).square()[covered].mean())

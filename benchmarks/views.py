@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 
-import numpy as np
 from _report import report
 from transport import OBJECTS
 
+from trainer.fit import psnr
 from trainer.sources import SWEET_HOME_3D, open_source
 from trainer.views import Views, ViewSettings, render_object
 
@@ -19,7 +19,7 @@ SAMPLES = (1, 4, 16, 64)
 def decibels(views: Views, reference: Views) -> float:
     """PSNR on white over the pixels that the reference covers."""
     covered = reference.rgba[..., 3] > 0
-    return -10 * float(np.log10(((views.composite() - reference.composite())[covered] ** 2).mean()))
+    return psnr(((views.composite() - reference.composite())[covered] ** 2).mean())
 
 
 def main() -> None:

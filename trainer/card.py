@@ -15,6 +15,7 @@ from generator.errors import InputError
 
 from . import dataset
 from .farm import RECORDS, read_records
+from .markdown import table
 from .sources import SourceObject, credits
 from .views import RECORDS as VIEWS_RECORDS
 from .views import SETTINGS
@@ -67,7 +68,7 @@ def card(run: Path) -> str:
     rows += [("views", text) for text in [_views(run / "views" / SETTINGS)] if text]
     parts = [
         f"# Data set card: {plain(run.name)}\n\nWritten by `python -m trainer card` from the records and shards of the run.",
-        _table(("what", "value"), rows),
+        table(("what", "value"), rows),
         _gaussians(held or entries),
         _quality(held or entries, bool(held)),
         _seconds(entries),
@@ -166,11 +167,6 @@ def _numbers(entries: Iterable[Entry], key: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
 def _views(settings: Path) -> str:
     try:
         found = json.loads(settings.read_text(encoding="utf-8"))
@@ -207,7 +203,7 @@ def _quality(entries: list[Entry], held: bool) -> str:
         rows.append((label, f"{len(values):,}", spread, *(f"{number:.{digits}f}" for number in numbers)))
     pictures = [f"{label}:\n\n```\n{histogram(values, digits=0 if unit else 2)}\n```" for label, unit, _, values in columns]
     whose = "of the objects in the shards" if held else "of all objects, for none is in the shards"
-    return "\n\n".join([f"## Quality\n\nOn held-out views, {whose}.", _table(head, rows), *pictures])
+    return "\n\n".join([f"## Quality\n\nOn held-out views, {whose}.", table(head, rows), *pictures])
 
 
 def _seconds(entries: list[Entry]) -> str:
@@ -218,7 +214,7 @@ def _seconds(entries: list[Entry]) -> str:
         if values:
             total = f"{sum(values) / 3600:,.2f} h"
             rows.append((plain(step), f"{len(values):,}", f"{statistics.fmean(values):.2f} s", f"{max(values):.2f} s", total))
-    return "## Time\n\n" + _table(("step", "objects", "mean", "longest", "in all"), rows) if rows else ""
+    return "## Time\n\n" + table(("step", "objects", "mean", "longest", "in all"), rows) if rows else ""
 
 
 def _failures(entries: list[Entry]) -> str:

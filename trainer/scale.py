@@ -13,6 +13,7 @@ import numpy as np
 from generator.errors import InputError
 
 from .farm import ATTEMPTS, OBJECTS_PER_PROCESS, RECORDS, read_records
+from .markdown import table
 from .views import read_records as read_views
 
 # Ma et al. 2025: GaussianVerse took more than 3.8 years of A100 for 205,737 objects.
@@ -225,7 +226,7 @@ def report(
     )
     if gpu:
         text += f" Each worker has a GPU for {', '.join(gpu)}."
-    return "\n\n".join([*parts, f"### Schedule\n\n{text}\n\n{_table(head, rows)}"]) + "\n"
+    return "\n\n".join([*parts, f"### Schedule\n\n{text}\n\n{table(head, rows)}"]) + "\n"
 
 
 def _measured(measured: Measured) -> str:
@@ -239,7 +240,7 @@ def _measured(measured: Measured) -> str:
     kind = "by the clock where the records have no processor seconds" if measured.clock else "of processor time"
     text = f"Seconds of one core, {kind}; {measured.failed} objects failed and are left out."
     head = ("step", "objects", "mean", "median", "longest", "share")
-    return f"### Measured\n\n{text}\n\n{_table(head, rows)}"
+    return f"### Measured\n\n{text}\n\n{table(head, rows)}"
 
 
 def _projection(measured: Measured, objects: Sequence[int], gpu: dict[str, float]) -> str:
@@ -263,7 +264,7 @@ def _projection(measured: Measured, objects: Sequence[int], gpu: dict[str, float
         f"Objects times the means above. The paper's figure is its more than {PAPER_GPU_YEARS} A100-years for {PAPER_OBJECTS:,} objects; "
         "other counts are in proportion. It is for other settings, so the two are no race."
     )
-    return f"### Projection\n\n{text}\n\n{_table(('', *(f'{count:,} objects' for count in objects)), rows)}"
+    return f"### Projection\n\n{text}\n\n{table(('', *(f'{count:,} objects' for count in objects)), rows)}"
 
 
 def _bottleneck(
@@ -289,11 +290,7 @@ def _bottleneck(
         "not counted."
     )
     head = ("workers", "cores", "driver", "storage", "written by busy cores", "bottleneck")
-    return f"### Bottleneck\n\n{text}\n\n{_table(head, rows)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    return f"### Bottleneck\n\n{text}\n\n{table(head, rows)}"
 
 
 def _bytes(count: float) -> str:

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -196,7 +195,7 @@ def _recipe(preset: Preset, layout: AtlasLayout) -> str:
 
 
 def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset, recipe: str) -> dict:
-    from .views import render_object, views_path
+    from .views import import_blender, render_object, views_path
 
     # Loaded before anything is timed: not to be counted with the first object.
     for module in ("atlas", "fit", "scene"):
@@ -209,7 +208,7 @@ def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset
     seconds: dict[str, float] = {}
     cpu: dict[str, float] = {}
     if not pixels.is_file():
-        _import_blender()
+        import_blender()
         with _step("views", seconds, cpu):
             render_object(source, preset.views).save(pixels)
     if not (output.is_file() and output.with_suffix(".json").is_file()):
@@ -224,13 +223,6 @@ def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset
                 _atlas_one(identifier, output, cells, preset)
         record["bytes"] |= _atlas_record(cells)["bytes"]
     return {**record, "seconds": seconds, "cpu": cpu, "kept": kept, "recipe": recipe}
-
-
-def _import_blender() -> None:
-    if "bpy" not in sys.modules:
-        # Who started this process may run Blender and hand on its search path; its folder of modules would hide the bpy package.
-        sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "_bpy_types.py").is_file()]
-        importlib.import_module("bpy")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from generator.errors import InputError, WorkError
 from generator.render.cameras import FOV_DEGREES, RADIUS, Cameras
 from generator.render.ewa import LOW_PASS
 
+from .farm import OBJECTS_PER_PROCESS
 from .sources import SourceObject, extract
 
 RECORDS = "views.jsonl"
@@ -163,6 +164,14 @@ class Views:
             raise InputError(f"{path}: no such file") from error
         except (OSError, KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not a file of views ({error}): render it again") from error
+
+
+def import_blender() -> None:
+    """Load Blender as a module, in a process that another one may have started."""
+    if "bpy" not in sys.modules:
+        # A parent that runs Blender hands on its search path; Blender's own folder of modules would hide the bpy package.
+        sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "_bpy_types.py").is_file()]
+        importlib.import_module("bpy")
 
 
 def render_object(source: SourceObject, settings: ViewSettings | None = None, threads: int = 1) -> Views:
@@ -305,8 +314,6 @@ class _Worker:
     done: int = 0
 
 
-# A fresh Blender after this many objects, whatever it has piled up.
-_OBJECTS_PER_PROCESS = 200
 # What a process may take to come up, on a machine that is busy with other things.
 _START_SECONDS = 300.0
 
@@ -324,8 +331,7 @@ def _work(pipe: multiprocessing.connection.Connection, settings: ViewSettings, d
     """A worker's life: says ("ready", ""), then objects come in by the pipe and ("ok" | "failed", reason) goes out; a closed
     pipe ends it."""
     torch.set_num_threads(1)
-    # A parent that runs Blender hands on its search path; Blender's own folder of modules would hide the bpy package.
-    sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "_bpy_types.py").is_file()]
+    import_blender()
     pipe.send(("ready", ""))
     while True:
         try:
@@ -366,7 +372,7 @@ def _run_workers(
             while True:
                 for index, worker in enumerate(workers):
                     if worker.job is None and queue:
-                        if worker.done >= _OBJECTS_PER_PROCESS or not worker.process.is_alive():
+                        if worker.done >= OBJECTS_PER_PROCESS or not worker.process.is_alive():
                             _stop(worker)
                             worker = workers[index] = _start(settings, directory, threads)
                         worker.job, worker.since = queue.pop(), time.monotonic()

@@ -163,7 +163,7 @@ def initialize(views: Views, count: int, seed: int = 0, start: str = "depth") ->
             any depth have outlines alone.
 
     Raises:
-        InputError: the views show less than `count` surface samples.
+        InputError: the views show less than a sixteenth of `count` surface samples.
     """
     generator = np.random.default_rng(seed)
     opacity = 0.9
