@@ -1,0 +1,8 @@
+"""The "Gaussian Atlas" tab of the 3D view's sidebar, a panel a file."""
+
+from __future__ import annotations
+
+from . import generate, model, render, splat_object
+
+# In the order in which the tab shows them.
+CLASSES = (*generate.CLASSES, *splat_object.CLASSES, *render.CLASSES, *model.CLASSES)

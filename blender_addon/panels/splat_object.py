@@ -1,0 +1,45 @@
+"""The active splat object: where it came from and how it is shown."""
+
+from __future__ import annotations
+
+import bpy
+
+from .. import properties, splat_object
+from ..splat_object import node_group
+from .common import SidebarPanel
+
+
+class ObjectPanel(SidebarPanel, bpy.types.Panel):
+    bl_idname = "GAUSSIAN_ATLAS_PT_object"
+    bl_label = "Splat Object"
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        return splat_object.is_splats(context.active_object)
+
+    def draw(self, context: bpy.types.Context) -> None:
+        layout = self.layout
+        object = context.active_object
+        layout.label(text=f"{len(object.data.points):,} Gaussians", icon="OUTLINER_OB_POINTCLOUD")
+        provenance = properties.stored_provenance(object)
+        if provenance:
+            column = layout.column(align=True)
+            column.label(text=f"\u201c{provenance.prompt}\u201d")
+            if provenance.negative_prompt:
+                column.label(text=f"not \u201c{provenance.negative_prompt}\u201d")
+            column.label(text=f"Seed {provenance.seed}, {provenance.steps} steps, guidance {provenance.guidance:g}")
+            column.label(text=f"{provenance.model_name} ({provenance.model_hash[:8]}), version {provenance.program_version}")
+            layout.operator("gaussian_atlas.regenerate", icon="FILE_REFRESH")
+        elif object.gaussian_atlas.file:
+            layout.label(text=object.gaussian_atlas.file, icon="FILE")
+        modifier = node_group.modifier_of(object)
+        if modifier:
+            column = layout.column(align=True)
+            column.prop(modifier, f'["{node_group.input_key(node_group.SPLAT_SIZE)}"]', text=node_group.SPLAT_SIZE)
+            column.prop(
+                modifier, f'["{node_group.input_key(node_group.BLEND_IN_DISPLAY_SPACE)}"]', text="Blend in Display Space (Raw View)"
+            )
+        layout.operator("gaussian_atlas.export_splats", icon="EXPORT")
+
+
+CLASSES = (ObjectPanel,)

@@ -1,0 +1,109 @@
+"""What the panels draw, with a model that answers at once."""
+
+from types import SimpleNamespace
+
+import pytest
+
+
+class Layout:
+    """Records what a panel draws; refuses properties and operators that do not exist, as Blender's layout does."""
+
+    def __init__(self, bpy, drawn=None):
+        self.bpy, self.drawn = bpy, [] if drawn is None else drawn
+
+    def _nested(self, **options):
+        return Layout(self.bpy, self.drawn)
+
+    row = column = box = _nested
+
+    def label(self, text="", icon="NONE"):
+        assert icon in self.bpy.types.UILayout.bl_rna.functions["label"].parameters["icon"].enum_items
+        self.drawn.append(("label", text))
+
+    def prop(self, data, name, text=None, icon="NONE", placeholder=""):
+        if name.startswith('["'):
+            assert name[2:-2] in data.keys(), name
+        else:
+            assert name in data.bl_rna.properties, name
+        self.drawn.append(("prop", name))
+
+    def progress(self, text="", factor=0.0):
+        self.drawn.append(("progress", (text, round(factor, 3))))
+
+    def operator(self, idname, text="", icon="NONE"):
+        group, _, name = idname.partition(".")
+        assert name in dir(getattr(self.bpy.ops, group)), idname
+        self.drawn.append(("operator", idname))
+        return SimpleNamespace()
+
+
+def draw(bpy, extension, panel):
+    layout = Layout(bpy)
+    context = SimpleNamespace(
+        scene=bpy.context.scene,
+        window_manager=bpy.context.window_manager,
+        active_object=bpy.context.active_object,
+        preferences=bpy.context.preferences,
+        region=None,
+    )
+    cls = next(cls for cls in extension("blender_addon.panels").CLASSES if cls.__name__ == panel)
+    if hasattr(cls, "poll") and not cls.poll(context):
+        return None
+    cls.draw(SimpleNamespace(layout=layout), context)
+    return layout.drawn
+
+
+def status(bpy):
+    return bpy.context.window_manager.gaussian_atlas
+
+
+def test_generate_panel(bpy, extension, fake_model):
+    drawn = draw(bpy, extension, "GeneratePanel")
+    assert ("operator", "gaussian_atlas.generate") in drawn and ("prop", "prompt") in drawn
+    assert ("operator", "gaussian_atlas.cancel") not in drawn
+    status(bpy).running, status(bpy).stage, status(bpy).fraction = True, "Sampling", 0.25
+    drawn = draw(bpy, extension, "GeneratePanel")
+    status(bpy).running = False
+    assert ("progress", ("Sampling", 0.25)) in drawn and ("operator", "gaussian_atlas.cancel") in drawn
+    assert ("operator", "gaussian_atlas.generate") not in drawn
+
+
+def test_error_is_drawn_with_its_fix(bpy, extension, fake_model):
+    (fake_model.folder / "bundle.json").unlink()
+    with pytest.raises(RuntimeError):
+        bpy.ops.gaussian_atlas.generate(prompt="a chair")
+    drawn = draw(bpy, extension, "GeneratePanel")
+    assert "bundle.json is missing" in " ".join(text for kind, text in drawn if kind == "label")
+    assert ("operator", "gaussian_atlas.open_preferences") in drawn
+
+
+def test_object_panel_shows_where_an_object_came_from(bpy, extension, fake_model, torus):
+    assert draw(bpy, extension, "ObjectPanel") is None
+    bpy.ops.gaussian_atlas.generate(prompt="a red armchair", seed=9, steps=2)
+    drawn = draw(bpy, extension, "ObjectPanel")
+    text = " ".join(text for kind, text in drawn if kind == "label")
+    assert "a red armchair" in text and "Seed 9, 2 steps" in text and "200 Gaussians" in text and "fake" in text
+    assert ("operator", "gaussian_atlas.regenerate") in drawn
+    bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(torus(5))
+    drawn = draw(bpy, extension, "ObjectPanel")
+    assert ("operator", "gaussian_atlas.regenerate") not in drawn and ("operator", "gaussian_atlas.export_splats") in drawn
+
+
+def test_render_panel_names_every_change(bpy, extension):
+    text = " ".join(text for kind, text in draw(bpy, extension, "RenderPanel") if kind == "label")
+    assert "View transform: AgX to Standard" in text and "Transparent bounces: 8 to 256" in text
+    bpy.ops.gaussian_atlas.render_settings()
+    drawn = draw(bpy, extension, "RenderPanel")
+    assert ("label", "The settings fit splats") in drawn and ("operator", "gaussian_atlas.render_settings") in drawn
+
+
+def test_model_panel_and_preferences(bpy, extension, fake_model):
+    drawn = draw(bpy, extension, "ModelPanel")
+    assert ("label", "fake 1.2") in drawn and ("operator", "gaussian_atlas.unload_model") not in drawn
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert ("operator", "gaussian_atlas.unload_model") in draw(bpy, extension, "ModelPanel")
+    layout = Layout(bpy)
+    preferences = bpy.context.preferences.addons[extension("blender_addon.extension").PACKAGE].preferences
+    stand = SimpleNamespace(layout=layout, model_path=preferences.model_path, bl_rna=preferences.bl_rna)
+    extension("blender_addon.preferences").GaussianAtlasPreferences.draw(stand, bpy.context)
+    assert ("label", "fake 1.2") in layout.drawn
