@@ -35,10 +35,8 @@ class ObjectPanel(SidebarPanel, bpy.types.Panel):
         modifier = node_group.modifier_of(object)
         if modifier:
             column = layout.column(align=True)
-            column.prop(modifier, f'["{node_group.input_key(node_group.SPLAT_SIZE)}"]', text=node_group.SPLAT_SIZE)
-            column.prop(
-                modifier, f'["{node_group.input_key(node_group.BLEND_IN_DISPLAY_SPACE)}"]', text="Blend in Display Space (Raw View)"
-            )
+            column.prop(*node_group.input_property(modifier, node_group.SPLAT_SIZE), text=node_group.SPLAT_SIZE)
+            column.prop(*node_group.input_property(modifier, node_group.BLEND_IN_DISPLAY_SPACE), text="Blend in Display Space (Raw View)")
         layout.operator("gaussian_atlas.export_splats", icon="EXPORT")
 
 

@@ -48,16 +48,26 @@ def modifier_of(object: bpy.types.Object) -> bpy.types.Modifier | None:
     return next((m for m in object.modifiers if m.type == "NODES" and m.node_group and m.node_group.name == NAME), None)
 
 
-def input_key(name: str) -> str:
-    """The modifier's key of one of the group's inputs."""
-    return next(item.identifier for item in ensure().interface.items_tree if item.name == name and item.in_out == "INPUT")
+def input_property(modifier: bpy.types.Modifier, name: str) -> tuple[bpy.types.bpy_struct, str]:
+    """Where a modifier keeps one of the group's inputs: the owner and the property, for drawing, keyframes and drivers.
+
+    From Blender 5.2 an input is a property of its own; before, it is a custom property of the modifier.
+    """
+    key = next(item.identifier for item in modifier.node_group.interface.items_tree if item.name == name and item.in_out == "INPUT")
+    if hasattr(modifier, "properties"):
+        return getattr(modifier.properties.inputs, key), "value"
+    return modifier, f'["{key}"]'
 
 
 def set_input(object: bpy.types.Object, name: str, value: bool | float) -> None:
     """Set one of the group's inputs on an object's modifier; nothing on native splats, which have no modifier."""
     modifier = modifier_of(object)
     if modifier:
-        modifier[input_key(name)] = value
+        owner, place = input_property(modifier, name)
+        if place == "value":
+            owner.value = value
+        else:
+            owner[place[2:-2]] = value
         object.update_tag()
 
 
