@@ -14,7 +14,7 @@ from generator.render import Cameras, render
 from tests.sphere import sphere_views
 from trainer.fit import FitConfig, fit, score
 from trainer.fit.initialize import carved_points, farthest_points, initialize, normals_to_quaternions, surface_points
-from trainer.fit.losses import ssim
+from trainer.fit.losses import photometric, ssim
 from trainer.views import Views
 
 
@@ -32,17 +32,41 @@ def slow_ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(20, 24, 3), (7, 40, 1), (33, 3, 2)])
-def test_ssim_and_its_gradient_equal_its_definition_by_convolution(shape):
+def test_ssim_equals_its_definition(shape):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.rand(*shape, generator=generator), torch.rand(*shape, generator=generator)
     b = 0.6 * a + 0.4 * b
-    fast, slow = a.clone().requires_grad_(), a.double().requires_grad_()
-    value, expected = ssim(fast, b), slow_ssim(slow, b.double())
+    assert ssim(a, b).item() == pytest.approx(slow_ssim(a.double(), b.double()).item(), abs=1e-6)
+    assert ssim(a, a).item() == pytest.approx(1.0, abs=1e-5)
+
+
+# Where the object is in the picture: inside, all of it, at two borders, nowhere.
+@pytest.mark.parametrize(
+    "size, covered", [((60, 70), (20, 35, 18, 50)), ((40, 30), (0, 40, 0, 30)), ((33, 20), (5, 33, 0, 6)), ((9, 9), (4, 4, 5, 5))]
+)
+@pytest.mark.parametrize("ssim_weight", [0.2, 0.0])
+def test_photometric_loss_and_its_gradients_equal_their_definition(size, covered, ssim_weight):
+    generator = torch.Generator().manual_seed(1)
+    top, bottom, left, right = covered
+
+    def picture(rows, columns):
+        alpha = torch.zeros(size)
+        alpha[rows, columns] = torch.rand(alpha[rows, columns].shape, generator=generator)
+        return torch.rand(*size, 3, generator=generator) * alpha[..., None], alpha
+
+    rgb, alpha = picture(slice(top, bottom), slice(left, right))
+    target, cover = picture(slice(top, bottom), slice(left + (right - left) // 3, right))
+    background = torch.rand(3, generator=generator)
+    fast = [value.clone().requires_grad_() for value in (rgb, alpha)]
+    slow = [value.double().requires_grad_() for value in (rgb, alpha)]
+    value = photometric(*fast, target, cover, background, ssim_weight, 0.5)
+    a, b = (color.double() + (1 - through.double()[..., None]) * background for color, through in (slow, (target, cover)))
+    expected = (1 - ssim_weight) * (a - b).abs().mean() + 0.5 * (slow[1] - cover).abs().mean() + ssim_weight * (1 - slow_ssim(a, b))
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
     (3 * value).backward()
     (3 * expected).backward()
-    assert (fast.grad - slow.grad).abs().max() < 1e-4 * slow.grad.abs().max()
-    assert ssim(a, a).item() == pytest.approx(1.0, abs=1e-5)
+    for ours, theirs in zip(fast, slow, strict=True):
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max() + 1e-9
 
 
 def test_initial_gaussians_lie_flat_on_the_surface():

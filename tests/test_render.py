@@ -81,6 +81,12 @@ def test_bands_do_not_change_the_picture(monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
+def test_without_a_background_colours_stay_multiplied_by_alpha():
+    gaussians, cameras = cloud(50), Cameras.orbit(2, 24)
+    bare, white = render(gaussians, cameras, background=None), render(gaussians, cameras)
+    torch.testing.assert_close(bare.rgb + (1 - bare.alpha[..., None]), white.rgb)
+
+
 def test_background_shows_where_nothing_is_and_depth_is_the_distance():
     one = cloud(1).replace(means=torch.zeros(1, 3), scales=torch.full((1, 3), 0.1), opacities=torch.ones(1))
     view = render(one, Cameras.orbit(1, 65, radius=2.0), background=(0.2, 0.4, 0.6))

@@ -32,7 +32,7 @@ class Rendering(NamedTuple):
     radii: Tensor  # [V, N] pixels, half the longer side of the splat's box; 0 where it is not seen
 
 
-def render(gaussians: Gaussians, cameras: Cameras, background: tuple[float, float, float] | Tensor = (1.0, 1.0, 1.0)) -> Rendering:
+def render(gaussians: Gaussians, cameras: Cameras, background: tuple[float, float, float] | Tensor | None = (1.0, 1.0, 1.0)) -> Rendering:
     """Render Gaussians from every camera, differentiably in all their fields.
 
     gsplat draws where they live on a CUDA device. On the CPU numba does if it is installed, and if it is loaded already or
@@ -40,15 +40,16 @@ def render(gaussians: Gaussians, cameras: Cameras, background: tuple[float, floa
 
     Args:
         gaussians: any floating dtype on the CPU, where float32 is computed with.
-        background: display sRGB in 0..1 behind the object.
+        background: display sRGB in 0..1 behind the object; None leaves the colours multiplied by alpha, with nothing behind.
     """
     if gaussians.means.is_cuda:
         color, alpha, depth, means2d, radii = cuda.render_views(gaussians, cameras)
     else:
         gaussians = gaussians.to(torch.float32)
         color, alpha, depth, means2d, radii = _cpu_backend(gaussians).render_views(gaussians, cameras)
-    background = torch.as_tensor(background, dtype=color.dtype, device=color.device)
-    return Rendering(color + (1 - alpha[..., None]) * background, alpha, depth / alpha.clamp_min(1e-6), means2d, radii)
+    if background is not None:
+        color = color + (1 - alpha[..., None]) * torch.as_tensor(background, dtype=color.dtype, device=color.device)
+    return Rendering(color, alpha, depth / alpha.clamp_min(1e-6), means2d, radii)
 
 
 def _cpu_backend(gaussians: Gaussians):

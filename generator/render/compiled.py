@@ -222,12 +222,39 @@ class _Project(torch.autograd.Function):
 
 
 @numba.njit(cache=True)
+def _by_depth(bits, boxes):
+    """Indices [M] of what is seen, nearest first, equal depths in their own order: a radix sort of the depths' bits, 11 at a time.
+
+    Depths are positive, so their bits sort as they do.
+    """
+    order, other = np.empty(len(bits), np.int32), np.empty(len(bits), np.int32)
+    places = np.zeros((3, 2049), np.int32)
+    count = 0
+    for i in range(len(bits)):
+        if boxes[i, 2] > boxes[i, 0]:
+            order[count] = i
+            count += 1
+            for digit in range(3):
+                places[digit, (bits[i] >> np.uint32(11 * digit) & np.uint32(2047)) + np.uint32(1)] += 1
+    for digit in range(3):
+        place = places[digit]
+        for value in range(2048):
+            place[value + 1] += place[value]
+        for k in range(count):
+            value = bits[order[k]] >> np.uint32(11 * digit) & np.uint32(2047)
+            other[place[value]] = order[k]
+            place[value] += 1
+        order, other = other, order
+    return order[:count]
+
+
+@numba.njit(parallel=True, cache=True)
 def _gather(order, means2d, conics, opacities, colors, depths, boxes, columns, rows):
     """Splats [M, 10] and boxes [M, 4] in the order given, and the splats of each tile: `starts` [T + 1] in `entries` [P]."""
     count = len(order)
     splats, near = np.empty((count, _COLUMNS), np.float32), np.empty((count, 4), np.int32)
     starts = np.zeros(columns * rows + 1, np.int64)
-    for k in range(count):
+    for k in numba.prange(count):
         i = order[k]
         splats[k, _X], splats[k, _Y] = means2d[i, 0], means2d[i, 1]
         splats[k, _XX], splats[k, _XY], splats[k, _YY] = conics[i, 0], conics[i, 1], conics[i, 2]
@@ -235,6 +262,7 @@ def _gather(order, means2d, conics, opacities, colors, depths, boxes, columns, r
         splats[k, _RED], splats[k, _GREEN], splats[k, _BLUE] = colors[i, 0], colors[i, 1], colors[i, 2]
         for side in range(4):
             near[k, side] = boxes[i, side]
+    for k in range(count):
         for row in range(near[k, 1] // _HIGH, (near[k, 3] - 1) // _HIGH + 1):
             for column in range(near[k, 0] // _WIDE, (near[k, 2] - 1) // _WIDE + 1):
                 starts[row * columns + column + 1] += 1
@@ -316,7 +344,7 @@ def _blend(splats, boxes, starts, entries, width, height, threads):
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_REORDERED, error_model="numpy")
-def _blend_backward(splats, boxes, starts, ends, entries, image, through, grad_image, grad_alpha, threads):
+def _blend_backward(splats, boxes, starts, ends, entries, image, through, grad_rgb, grad_alpha, grad_depth, threads):
     """Gradients [P, 10] of each splat in each tile, by replaying the blending.
 
     With T the transmittance in front of splat i and R what lies behind it, a pixel is C = front + T alpha_i c_i + R, and R
@@ -339,7 +367,7 @@ def _blend_backward(splats, boxes, starts, ends, entries, image, through, grad_i
                 state[p] = _ONE
                 total = through[top + row, left + column] * grad_alpha[top + row, left + column]
                 for channel in range(4):
-                    gradient = grad_image[top + row, left + column, channel]
+                    gradient = grad_depth[top + row, left + column] if channel == 3 else grad_rgb[top + row, left + column, channel]
                     state[p + (channel + 2) * _PIXELS] = gradient
                     total -= image[top + row, left + column, channel] * gradient
                 state[p + _1] = total
@@ -404,24 +432,23 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means2d, conics, depths, opacities, colors, boxes, width, height):
         arrays = [tensor.detach().contiguous().numpy() for tensor in (means2d, conics, opacities, colors, depths, boxes)]
-        seen = np.flatnonzero(arrays[5][:, 2] > arrays[5][:, 0])
-        # Depths are positive: their bits sort as they do, and the index below them decides ties.
-        keys = arrays[4][seen].view(np.uint32).astype(np.uint64) << np.uint64(32) | seen.astype(np.uint64)
-        keys.sort()
-        order = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        order = _by_depth(arrays[4].view(np.uint32), arrays[5])
         columns, rows = -(-width // _WIDE), -(-height // _HIGH)
         splats, near, starts, entries = _gather(order, *arrays, columns, rows)
         threads = numba.get_num_threads()
         image, through, ends = _blend(splats, near, starts, entries, width, height, threads)
         ctx.saved = (splats, near, starts, ends, entries, image, through)
         ctx.order, ctx.count = order, len(arrays[0])
+        ctx.set_materialize_grads(False)
         image = torch.from_numpy(image)
         return image[..., :3], torch.from_numpy(1 - through), image[..., 3]
 
     @staticmethod
     def backward(ctx, grad_rgb, grad_alpha, grad_depth):
-        grad_image = torch.cat([grad_rgb, grad_depth[..., None]], dim=2).numpy()
-        slots = _blend_backward(*ctx.saved, grad_image, grad_alpha.contiguous().numpy(), numba.get_num_threads())
+        through = ctx.saved[6]
+        grad_rgb = np.zeros((*through.shape, 3), np.float32) if grad_rgb is None else grad_rgb.contiguous().numpy()
+        planes = [np.zeros_like(through) if grad is None else grad.contiguous().numpy() for grad in (grad_alpha, grad_depth)]
+        slots = _blend_backward(*ctx.saved, grad_rgb, *planes, numba.get_num_threads())
         total = torch.from_numpy(_scatter(slots, ctx.saved[4], ctx.order, ctx.count))
         return total[:, :2], total[:, 2:5], total[:, _DEPTH], total[:, _OPACITY], total[:, 6:9], None, None, None
 

@@ -16,7 +16,7 @@ from trainer.views import Views
 
 from .config import FitConfig
 from .initialize import initialize
-from .losses import ssim, volume
+from .losses import photometric, volume
 from .perceptual import perceptual
 from .scores import held_out_psnr, psnr, score
 
@@ -70,7 +70,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
     initial = initialize(views, config.count, config.seed, config.start)
     params, optimizers = _parameters(initial), {}
     for name, rate in _rates(config).items():
-        optimizers[name] = torch.optim.Adam([params[name]], lr=rate, eps=1e-15)
+        optimizers[name] = torch.optim.Adam([params[name]], lr=rate, eps=1e-15, fused=True)
     strategy = None
     if config.strategy != "fixed":
         from .strategies import strategy_for
@@ -93,7 +93,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
         gaussians = activate(params)
         # A random background makes the coverage visible to the colour loss.
         background = torch.rand(3)
-        drawn = render(gaussians, views.cameras[view : view + 1], background)
+        drawn = render(gaussians, views.cameras[view : view + 1], background=None)
         info = {
             "means2d": drawn.means2d,
             "radii": drawn.radii[..., None].expand(-1, -1, 2),
@@ -175,14 +175,9 @@ class _Losses:
             raise WorkError("fit.perceptual_weight needs lpips or stlpips-pytorch: install one, or set it to 0")
 
     def __call__(self, gaussians: Gaussians, drawn: Rendering, rgb: Tensor, alpha: Tensor, background: Tensor, step: int) -> Tensor:
-        """The loss of one view over a background [3] against its target, premultiplied rgb [H, W, 3] and alpha [H, W]."""
+        """The loss of one view over a background [3] against its target; both premultiplied rgb [H, W, 3] and alpha [H, W]."""
         config = self.config
-        picture, coverage = drawn.rgb[0], drawn.alpha[0]
-        target = rgb + (1 - alpha[..., None]) * background
-        loss = (1 - config.ssim_weight) * (picture - target).abs().mean()
-        if config.ssim_weight:
-            loss = loss + config.ssim_weight * (1 - ssim(picture, target))
-        loss = loss + config.alpha_weight * (coverage - alpha).abs().mean()
+        loss = photometric(drawn.rgb[0], drawn.alpha[0], rgb, alpha, background, config.ssim_weight, config.alpha_weight)
         loss = loss + config.scale_weight * (gaussians.scales.amax(1) / self.largest - 1).clamp_min(0).mean()
         if config.volume_weight:
             loss = loss + config.volume_weight * volume(gaussians.scales)
@@ -190,7 +185,8 @@ class _Losses:
             loss = loss + config.opacity_weight * (1 - gaussians.opacities).mean()
         if self.perceptual is not None and step % config.perceptual_every == 0:
             window = _crop(alpha, config.perceptual_crop)
-            pair = (each[window].permute(2, 0, 1)[None] for each in (picture, target))
+            pictures = (color + (1 - cover[..., None]) * background for color, cover in ((drawn.rgb[0], drawn.alpha[0]), (rgb, alpha)))
+            pair = (each[window].permute(2, 0, 1)[None] for each in pictures)
             loss = loss + config.perceptual_weight * self.perceptual(*pair)[0]
         return loss
 
