@@ -5,7 +5,7 @@ from __future__ import annotations
 import bpy
 
 from . import batch, operators, panels, preferences, properties, service
-from .operators import files, generate
+from .operators import base, files
 
 _CLASSES = (*properties.CLASSES, *preferences.CLASSES, *operators.CLASSES, *panels.CLASSES)
 _commands: list = []
@@ -20,7 +20,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    generate.cancel_running()
+    base.end_running(bpy.context)
     service.unload()
     while _commands:
         bpy.utils.unregister_cli_command(_commands.pop())

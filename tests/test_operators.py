@@ -17,6 +17,11 @@ def generate(extension):
 
 
 @pytest.fixture
+def base(extension):
+    return extension("blender_addon.operators.base")
+
+
+@pytest.fixture
 def formats(extension):
     return extension("generator.formats")
 
@@ -43,13 +48,22 @@ def test_generate_makes_a_splat_object_with_its_provenance(bpy, fake_model, exte
     assert stored.program_version == extension("blender_addon.extension").version()
 
 
-def test_count_gives_objects_of_consecutive_seeds_side_by_side(bpy, fake_model):
+def test_count_gives_a_grid_of_consecutive_seeds(bpy, fake_model):
     bpy.context.scene.cursor.location = (1, 2, 3)
-    bpy.ops.gaussian_atlas.generate(prompt="a chair", seed=2**31 - 2, steps=1, count=3)
-    objects = [o for o in bpy.context.scene.objects if o.type == "POINTCLOUD"]
-    assert [o.gaussian_atlas.seed for o in objects] == [2**31 - 2, 2**31 - 1, 0], "seeds stay within 31 bits"
-    assert np.allclose([o.location for o in objects], [(1 + 1.25 * i, 2, 3) for i in range(3)])
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", seed=2**31 - 2, steps=1, count=5)
+    objects = sorted((o for o in bpy.context.scene.objects if o.type == "POINTCLOUD"), key=lambda o: o.name)
+    assert [o.gaussian_atlas.seed for o in objects] == [2**31 - 2, 2**31 - 1, 0, 1, 2], "seeds stay within 31 bits"
+    grid = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert np.allclose([o.location for o in objects], [(1 + 1.25 * x, 2 + 1.25 * y, 3) for x, y in grid])
     assert all(o.select_get() for o in objects)
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (4, 2, 2), (7, 3, 3), (9, 3, 3), (10, 4, 3)])
+def test_the_grid_is_about_square_and_no_place_is_taken_twice(generate, count, columns, rows):
+    offsets = generate.grid_offsets(count)
+    assert len(set(offsets)) == len(offsets) == count
+    assert (len({x for x, _, _ in offsets}), len({y for _, y, _ in offsets})) == (columns, rows)
+    assert min(np.linalg.norm(np.subtract(a, b)) for a in offsets for b in offsets if a != b) > 1 if count > 1 else True
 
 
 def test_what_is_not_given_comes_from_the_scene(bpy, fake_model):
@@ -133,7 +147,7 @@ class FakeContext(SimpleNamespace):
 
 
 @pytest.fixture
-def interface(bpy, generate):
+def interface(bpy, generate, base):
     """An operator instance driven as Blender does: interface.invoke(), interface.tick(), interface.key("ESC")."""
     timers = []
 
@@ -161,10 +175,10 @@ def interface(bpy, generate):
         """Takes the operator's place: its methods, without Blender's instance behind them."""
 
     values = {"prompt": "", "negative_prompt": "", "seed": 0, "steps": 20, "guidance": 3.5, "count": 1}
-    stand = Stand(**values, _timer=None, _job=None, messages=[])
+    stand = Stand(**values, job_name="Generation", _job=None, _finishing=None, messages=[])
     stand.properties = SimpleNamespace(is_property_set=lambda name: False)
     stand.report = lambda kind, message: stand.messages.append((next(iter(kind)), message))
-    for name in ("invoke", "modal", "cancel", "_fill_in", "_request", "_finish", "_fail", "_show", "_end"):
+    for name in ("invoke", "modal", "cancel", "work", "finish", "salvage", "show", "drop", "_step", "_fail", "_end"):
         setattr(stand, name, getattr(generate.GenerateOperator, name).__get__(stand))
 
     def event(kind):
@@ -187,13 +201,13 @@ def interface(bpy, generate):
         send=lambda kind: stand.modal(context, event(kind)),
         until_ended=until_ended,
     )
-    generate.cancel_running()
+    base.cancel_running()
     if stand._job:
         stand._job.join(20)
         stand._end(context)
 
 
-def test_invoke_works_in_a_thread_and_leaves_the_interface_free(bpy, fake_model, interface, generate):
+def test_invoke_works_in_a_thread_and_leaves_the_interface_free(bpy, fake_model, interface, base):
     go_on, threads = threading.Event(), []
 
     def wait(step):
@@ -204,7 +218,7 @@ def test_invoke_works_in_a_thread_and_leaves_the_interface_free(bpy, fake_model,
     bpy.context.scene.gaussian_atlas.prompt = "a chair"
     bpy.context.scene.gaussian_atlas.steps = 4
     assert interface.invoke() == {"RUNNING_MODAL"}
-    assert interface.timers == [0.1] and generate.running() and status(bpy).running
+    assert interface.timers == [0.1] and base.running() and status(bpy).running
     assert not bpy.ops.gaussian_atlas.generate.poll() and bpy.ops.gaussian_atlas.cancel.poll()
     assert not bpy.ops.gaussian_atlas.unload_model.poll()
     for kind in ("MOUSEMOVE", "LEFTMOUSE", "TIMER", "Z"):
@@ -214,12 +228,12 @@ def test_invoke_works_in_a_thread_and_leaves_the_interface_free(bpy, fake_model,
     assert interface.until_ended() == {"FINISHED"}
     assert threads[0] is not threading.current_thread()
     assert bpy.data.objects["a chair"].gaussian_atlas.seed == 0
-    assert interface.timers == [] and not generate.running() and not status(bpy).running
+    assert interface.timers == [] and not base.running() and not status(bpy).running
     assert interface.operator.messages[-1][0] == "INFO"
 
 
 @pytest.mark.parametrize("how", ["ESC", "button", "file"])
-def test_cancel_within_a_step_leaves_nothing(bpy, fake_model, interface, generate, how):
+def test_cancel_within_a_step_leaves_nothing(bpy, fake_model, interface, base, how):
     reached, go_on = threading.Event(), threading.Event()
 
     def wait(step):
@@ -245,7 +259,7 @@ def test_cancel_within_a_step_leaves_nothing(bpy, fake_model, interface, generat
         assert status(bpy).stage in ("Cancelling", "")
         assert interface.operator._job.ended or interface.until_ended() == {"CANCELLED"}
     assert interface.operator._job.state.value == "cancelled"
-    assert not bpy.data.pointclouds and not generate.running() and not status(bpy).running and interface.timers == []
+    assert not bpy.data.pointclouds and not base.running() and not status(bpy).running and interface.timers == []
     assert status(bpy).error == "", "to cancel is no error"
 
 
@@ -266,7 +280,7 @@ def test_progress_is_shown(bpy, fake_model, interface):
     assert (status(bpy).stage, status(bpy).fraction) == ("", 0.0)
 
 
-def test_an_error_in_the_thread_reaches_the_panel_with_its_fix(bpy, fake_model, interface, generate):
+def test_an_error_in_the_thread_reaches_the_panel_with_its_fix(bpy, fake_model, interface, base):
     class OutOfMemoryError(RuntimeError):
         pass
 
@@ -278,12 +292,12 @@ def test_an_error_in_the_thread_reaches_the_panel_with_its_fix(bpy, fake_model, 
     interface.invoke()
     assert interface.until_ended() == {"CANCELLED"}
     assert interface.operator.messages[-1][0] == "ERROR" and "not enough memory" in interface.operator.messages[-1][1]
-    assert status(bpy).fix_operator == "gaussian_atlas.unload_model" and not generate.running()
+    assert status(bpy).fix_operator == "gaussian_atlas.unload_model" and not base.running()
 
 
-def test_bad_settings_are_told_before_any_thread_starts(bpy, fake_model, interface, generate):
+def test_bad_settings_are_told_before_any_thread_starts(bpy, fake_model, interface, base):
     assert interface.invoke() == {"CANCELLED"}
-    assert "prompt is empty" in status(bpy).error and interface.timers == [] and not generate.running()
+    assert "prompt is empty" in status(bpy).error and interface.timers == [] and not base.running()
 
 
 def test_randomize_draws_a_new_seed_and_shows_it(bpy, fake_model, interface):
@@ -293,6 +307,74 @@ def test_randomize_draws_a_new_seed_and_shows_it(bpy, fake_model, interface):
     interface.invoke()
     interface.until_ended()
     assert fake_model.pipeline.calls[0]["seed"] == settings.seed != 0
+
+
+# The machinery that other long operators share
+
+
+@pytest.fixture
+def counting(bpy, base, extension):
+    """An operator of the shared kind, registered: it counts to `to` and names a mesh after the sum; -1 is refused, 0 fails."""
+    errors = extension("generator.errors")
+
+    class CountOperator(base.JobOperator, bpy.types.Operator):
+        bl_idname = "gaussian_atlas.test_count"
+        bl_label = "Count"
+        to: bpy.props.IntProperty()
+
+        def work(self, context, interactive):
+            if self.to < 0:
+                raise errors.InputError("count to at least 1")
+            to = self.to
+
+            def count(report, cancel):
+                for number in range(to):
+                    report("Counting", number + 1, to)
+                return sum(range(to + 1)) / to
+
+            return count
+
+        def finish(self, context, result):
+            for _ in range(2):
+                bpy.data.meshes.new(f"mean {result * 2:g}")
+                yield {"PASS_THROUGH"}
+            yield {"FINISHED"}
+
+    CountOperator.__annotations__["to"] = bpy.props.IntProperty()
+    bpy.utils.register_class(CountOperator)
+    yield bpy.ops.gaussian_atlas.test_count
+    bpy.utils.unregister_class(CountOperator)
+
+
+def test_any_work_runs_through_the_shared_operator(bpy, counting):
+    assert counting(to=4) == {"FINISHED"}
+    assert [mesh.name for mesh in bpy.data.meshes] == ["mean 5", "mean 5.001"], "finish is run to its end"
+    for to, message in ((-1, "count to at least 1"), (0, "ZeroDivisionError")):
+        with pytest.raises(RuntimeError, match=message):
+            counting(to=to)
+        assert message in status(bpy).error
+    counting(to=1)
+    assert status(bpy).error == ""
+
+
+def test_disabling_the_extension_stops_what_runs(bpy, fake_model, interface, base):
+    reached = threading.Event()
+
+    def wait(step):
+        reached.set()
+        time.sleep(0.01)
+
+    fake_model.pipeline.before_step = wait
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    bpy.context.scene.gaussian_atlas.steps = 1000
+    interface.invoke()
+    assert reached.wait(30)
+    job = interface.operator._job
+    base.end_running(interface.context)  # what unregister does: the operator itself is freed by Blender and hears nothing
+    assert not base.running() and interface.timers == [] and not status(bpy).running
+    assert not job._thread.is_alive()
+    job.poll()
+    assert job.state.value == "cancelled" and not bpy.data.pointclouds
 
 
 # Files

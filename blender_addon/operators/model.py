@@ -5,7 +5,7 @@ from __future__ import annotations
 import bpy
 
 from .. import extension, service
-from .generate import running
+from .base import running
 
 
 class UnloadModelOperator(bpy.types.Operator):
