@@ -14,13 +14,14 @@ override SEED := $(if $(value SEED),$(value SEED),0)
 override COUNT := $(if $(value COUNT),$(value COUNT),1)
 override OUT := $(if $(value OUT),$(value OUT),out)
 override PRESET := $(value PRESET)
-export PROMPT PROMPTS SEED COUNT OUT PRESET
-export TORCH_INDEX
+override VERSIONS := $(value VERSIONS)
+export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS
+export TORCH_INDEX PYTHON311 PYTHON313
 
-.PHONY: help setup generate batch train test lint bench extension lock clean
+.PHONY: help setup generate batch train test test-blender lint bench extension lock clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 define run_setup
 @"$(PYTHON)" -c '' >/dev/null 2>&1 || { \
@@ -51,6 +52,9 @@ train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|paper
 test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension
 	@$(RUN) -m pytest
 	@$(RUN) tools/extension.py test
+
+test-blender: $(STAMP) ## the add-on's tests on Blender 4.5, 5.0 and 5.2, each in an environment of its own [VERSIONS="4.5 5.2"] [SKIP=1]
+	@$(RUN) tools/matrix.py $$VERSIONS $(if $(value SKIP),--skip-missing)
 
 lint: $(STAMP) ## ruff, and Blender's check of the manifest
 	@$(RUN) -m ruff check .

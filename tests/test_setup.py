@@ -157,7 +157,7 @@ def project(tmp_path, monkeypatch):
 def count_installs(monkeypatch, failures: int = 0) -> list[Path]:
     calls: list[Path] = []
 
-    def install(root: Path, venv: Path, torch_index: str | None) -> None:
+    def install(root: Path, venv: Path, torch_index: str | None, pins: tuple[str, ...]) -> None:
         calls.append(venv)
         (venv / f"run{len(calls)}").touch()
         if len(calls) <= failures:

@@ -2,7 +2,7 @@
 
     python tools/extension.py validate
     python tools/extension.py build [--platform linux-x64] [--python 3.11] [--torch-index URL]
-    python tools/extension.py test
+    python tools/extension.py test [--checkout]
 
 The zip holds the add-on, the generator, the starter model and unmodified wheels of what sampling imports, at the versions of
 requirements.lock. Validation and packing are done by Blender's own tool, which ships inside the bpy wheel.
@@ -216,7 +216,7 @@ def refuse_cuda(torch_wheel: Path) -> None:
 def built_manifest(source: str, target: Target, wheels: list[str]) -> str:
     """The manifest of the zip: the source's text with platform, Blender versions and wheels filled in."""
     first, last = BLENDER_OF_PYTHON[target.python]
-    text = re.sub(r'(?m)^blender_version_min = .*$', f'blender_version_min = "{first}"', source)
+    text = re.sub(r"(?m)^blender_version_min = .*$", f'blender_version_min = "{first}"', source)
     lines = [f'blender_version_max = "{last}"'] if last else []
     lines += [f'platforms = ["{target.platform}"]', "wheels = [", *(f'    "./wheels/{name}",' for name in wheels), "]"]
     head, table, tail = text.partition("\n[")
@@ -296,11 +296,12 @@ class AddonTestsOnly:
         items[:] = [item for item in items if "blender" in item.fixturenames]
 
 
-def run_addon_tests(archive: Path, root: Path = ROOT) -> int:
-    """pytest's exit status for the add-on's tests, run against the extension as installed from `archive`."""
+def run_addon_tests(archive: Path | None, root: Path = ROOT) -> int:
+    """pytest's exit status for the add-on's tests, run against the extension as installed from `archive`, else the checkout."""
     import pytest
 
-    os.environ["GAUSSIAN_ATLAS_EXTENSION_ZIP"] = str(archive)
+    if archive is not None:
+        os.environ["GAUSSIAN_ATLAS_EXTENSION_ZIP"] = str(archive)
     return pytest.main(["--rootdir", str(root), str(root / "tests")], plugins=[AddonTestsOnly()])
 
 
@@ -314,8 +315,11 @@ def main() -> int:
         command.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX") or None, metavar="URL", help="index to take torch from")
     builder.add_argument("--platform", choices=sorted(PLATFORMS), help="default: this machine's")
     builder.add_argument("--python", choices=sorted(BLENDER_OF_PYTHON), help="default: this Python")
+    tester.add_argument("--checkout", action="store_true", help="build nothing: test the checkout in this environment's Blender")
     arguments = parser.parse_args()
     try:
+        if getattr(arguments, "checkout", False):
+            return run_addon_tests(None)
         if arguments.command == "validate":
             validate()
             print(f"{MANIFEST} is valid")

@@ -1,6 +1,7 @@
 """`make setup`: the .venv, from nothing, with what requirements.lock names and the system libraries that Blender's module loads.
 
-Run by Python 3.11 (bpy 5.0.1 is built for no other) with nothing installed: the standard library only.
+Run by Python 3.11 (bpy 5.0.1 is built for no other) with nothing installed: the standard library only. With --blender VERSION
+the same for another Blender that pyproject.toml names, in .venv-VERSION, by the Python that its bpy is built for.
 Safe to run again at any time: it does nothing when nothing changed, and rebuilds an environment that an interrupted run left half made.
 """
 
@@ -17,10 +18,38 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One environment of the checkout: the main one, or that of another Blender version."""
+
+    folder: str  # in the checkout
+    python: tuple[int, int]
+    bpy: str  # its version
+    pins: tuple[str, ...] = ()  # what stands in the place of lines of requirements.lock, or beside them
+
+
+MAIN = Environment(".venv", PYTHON, "5.0.1")
+
+
+def environments(root: Path = ROOT) -> dict[str, Environment]:
+    """The environments of other Blender versions that pyproject.toml names, by version ("4.5")."""
+    with open(root / "pyproject.toml", "rb") as file:
+        table = tomllib.load(file)["tool"]["gaussian-atlas"]["blender"]
+    found = {}
+    for version, entry in table.items():
+        major, minor = entry["python"].split(".")
+        bpy = next(pin.removeprefix("bpy==") for pin in entry["pins"] if pin.startswith("bpy=="))
+        found[version] = Environment(f".venv-{version}", (int(major), int(minor)), bpy, tuple(entry["pins"]))
+    return found
+
 
 # What `import bpy` and its renderers load from the system (ldd over the wheel, and its run-time loading), by Debian's package.
 # EGL with Mesa's software driver is what EEVEE needs where there is no screen; without it the process aborts.
@@ -61,11 +90,12 @@ def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
 
-def state_digest(root: Path) -> str:
+def state_digest(root: Path, environment: Environment) -> str:
     """Hash of all that decides what the environment holds: a stamp with this digest needs no work."""
     parts = [(root / name).read_bytes() for name in ("pyproject.toml", "requirements.lock")]
     parts.append(Path(__file__).read_bytes())
     parts.append(".".join(map(str, sys.version_info[:3])).encode())
+    parts.append(environment.folder.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -85,7 +115,7 @@ def missing_packages() -> list[str]:
     if not any(glob.glob(pattern) for pattern in SOFTWARE_DRIVERS):
         missing.add("libgl1-mesa-dri")
     if importlib.util.find_spec("ensurepip") is None:
-        missing.add("python3.11-venv")
+        missing.add(f"python{sys.version_info.major}.{sys.version_info.minor}-venv")
     return sorted(missing)
 
 
@@ -123,11 +153,11 @@ def venv_python(venv: Path) -> Path:
     return venv / "bin" / "python"
 
 
-def venv_is_sound(venv: Path) -> bool:
+def venv_is_sound(venv: Path, python: tuple[int, int] = PYTHON) -> bool:
     """True for an environment of the right Python that no run left half made."""
     if not venv_python(venv).exists() or (venv / ".installing").exists():
         return False
-    code = "import pip, sys; sys.exit(sys.version_info[:2] != (3, 11))"
+    code = f"import pip, sys; sys.exit(sys.version_info[:2] != {python})"
     return subprocess.run([venv_python(venv), "-c", code], capture_output=True).returncode == 0
 
 
@@ -139,7 +169,7 @@ def run(*command: str | Path, what: str) -> None:
         raise SetupError(f"{what} could not start: {error}") from None
     if result.returncode != 0:
         print(result.stdout, file=sys.stderr, end="")
-        raise SetupError(f"{what} failed (exit status {result.returncode}): see the lines above, then run `make setup` again")
+        raise SetupError(f"{what} failed (exit status {result.returncode}): see the lines above, then run the same command again")
 
 
 def pinned(root: Path, name: str) -> str:
@@ -150,15 +180,23 @@ def pinned(root: Path, name: str) -> str:
     return match[0]
 
 
-def install_packages(root: Path, venv: Path, torch_index: str | None) -> None:
-    """Everything in requirements.lock, then the project itself as an editable package.
+def requirements(root: Path, pins: tuple[str, ...] = ()) -> list[str]:
+    """The lines of requirements.lock, with `pins` in the place of those that name the same packages."""
+    replaced = {pin.partition("==")[0] for pin in pins}
+    lines = (root / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#") and line.partition("==")[0] not in replaced] + list(pins)
+
+
+def install_packages(root: Path, venv: Path, torch_index: str | None, pins: tuple[str, ...] = ()) -> None:
+    """Everything in requirements.lock but what `pins` replaces, then the project itself as an editable package.
 
     torch goes first and alone: with what it declares where pip chooses the build (on Linux PyPI's brings CUDA libraries that the
     lock does not name), without where `torch_index` names the build. The rest comes without dependencies, so that nothing can
     bring torchvision along.
     """
     pip = (venv_python(venv), "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off", "--quiet")
-    lock = root / "requirements.lock"
+    lock = venv / "requirements.lock"
+    lock.write_text("\n".join(requirements(root, pins)) + "\n", encoding="utf-8")
     run(*pip, pinned(root, "pip"), pinned(root, "setuptools"), what="installing pip")
     say(f"{pinned(root, 'torch')} from {'TORCH_INDEX' if torch_index else 'the package index'}")
     if torch_index:
@@ -170,15 +208,18 @@ def install_packages(root: Path, venv: Path, torch_index: str | None) -> None:
     run(*pip, "--no-deps", "--no-build-isolation", "--editable", root, what="installing the project itself")
 
 
-def setup(root: Path = ROOT, torch_index: str | None = None) -> None:
-    """Make or bring up to date `root`/.venv. Raises SetupError with one clear line."""
-    if sys.version_info[:2] != PYTHON:
+def setup(root: Path = ROOT, torch_index: str | None = None, environment: Environment = MAIN) -> None:
+    """Make or bring up to date an environment in `root`. Raises SetupError with one clear line."""
+    if sys.version_info[:2] != environment.python:
         found = ".".join(map(str, sys.version_info[:3]))
-        raise SetupError(f"Python 3.11 is needed (bpy 5.0.1 is built for no other) but this is {found}: make setup PYTHON=python3.11")
-    venv = root / ".venv"
+        name = ".".join(map(str, environment.python))
+        raise SetupError(
+            f"Python {name} is needed (bpy {environment.bpy} is built for no other) but this is {found}: make setup PYTHON=python{name}"
+        )
+    venv = root / environment.folder
     stamp = venv / ".stamp"
-    digest = state_digest(root)
-    if venv_is_sound(venv) and stamp.exists() and stamp.read_text() == digest:
+    digest = state_digest(root, environment)
+    if venv_is_sound(venv, environment.python) and stamp.exists() and stamp.read_text() == digest:
         stamp.touch()
         say("nothing to do")
         return
@@ -186,13 +227,13 @@ def setup(root: Path = ROOT, torch_index: str | None = None) -> None:
     missing = missing_packages()
     if missing:
         install_system_packages(missing)
-    if not venv_is_sound(venv):
+    if not venv_is_sound(venv, environment.python):
         say(f"creating {venv.name} with Python {'.'.join(map(str, sys.version_info[:3]))}")
         run(sys.executable, "-m", "venv", "--clear", venv, what="creating the virtual environment (Debian: python3.11-venv)")
     marker = venv / ".installing"
     stamp.unlink(missing_ok=True)
     marker.touch()  # stays behind when this run is interrupted: the next one starts over
-    install_packages(root, venv, torch_index)
+    install_packages(root, venv, torch_index, environment.pins)
     say("checking what was installed")
     check = subprocess.run([venv_python(venv), "-c", CHECK], capture_output=True, text=True)
     if check.returncode != 0:
@@ -217,9 +258,10 @@ def main() -> int:
         metavar="URL",
         help="package index to take torch from (default: TORCH_INDEX from the environment, else pip's own)",
     )
+    parser.add_argument("--blender", choices=sorted(environments()), metavar="VERSION", help="make .venv-VERSION for that Blender instead")
     arguments = parser.parse_args()
     try:
-        setup(torch_index=arguments.torch_index)
+        setup(torch_index=arguments.torch_index, environment=environments()[arguments.blender] if arguments.blender else MAIN)
     except SetupError as error:
         print(f"make setup: {error}", file=sys.stderr)
         return 1
