@@ -47,6 +47,10 @@ def work(identifier: str, folder: Path) -> dict | None:
     return {"seconds": {"fit": 1.5, "atlas": 0.5}, "bytes": {"fits": 7}, "psnr": 30.25, "pid": os.getpid(), "threads": threads}
 
 
+def never_starts(pipe) -> None:
+    raise SystemExit(3)
+
+
 def hang(identifier: str) -> None:
     while True:
         pass
@@ -60,7 +64,7 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    options = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     cluster.add_node(**{name: value for name, value in options.items() if name != "include_dashboard"})
     yield cluster.address
@@ -76,6 +80,26 @@ def address(request):
 def farm(folder: Path, names: list[str], address: str = "", workers: int = 2, **options) -> dict[str, str]:
     items = [(name, folder) for name in names]
     return for_each(work, items, workers, "fit", progress=False, records=folder / "records.jsonl", address=address, **options)
+
+
+def seen_gpus(identifier: str) -> dict:
+    return {"seen": os.environ.get("CUDA_VISIBLE_DEVICES", "all")}
+
+
+def test_ray_gives_out_gpus_and_says_where_there_is_none(tmp_path, cluster):
+    """The nodes only say that they have one each: Ray hands out the number."""
+    journal = tmp_path / "records.jsonl"
+    for gpus in (0.5, 0):
+        assert not for_each(seen_gpus, [("a",), ("b",)], 0, "fit", progress=False, records=journal, address=cluster, gpus=gpus)
+        assert all((record["scores"]["seen"] == "0") == bool(gpus) for record in read_records(journal))
+    with pytest.raises(InputError, match="gpus must be"):
+        for_each(seen_gpus, [("a",)], 0, "fit", gpus=1.5)
+
+
+def test_processes_that_cannot_start_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.farm._work", never_starts)
+    with pytest.raises(WorkError, match=r"cannot start \(status 3\)"):
+        farm(tmp_path, ["a", "b"])
 
 
 def test_every_object_ends_once_and_only_the_one_in_hand_is_repeated(tmp_path, address):
@@ -239,6 +263,12 @@ def test_an_object_goes_from_its_mesh_to_its_atlas_in_one_task(tmp_path, capsys)
     assert Counter(line["id"] for line in lines) == {"plank": 2, "tower": 2, "ghost": 2}
     assert {line["id"]: set(line["seconds"]) for line in lines[3:] if line["status"] == "ok"} == {better: {"atlas"}, worse: set()}
     assert {sample.id for sample, _ in read_shards(run / "shards")} == {better}
+    # Other settings of the fit make it again, and its atlas with it, but not the views.
+    stages.farm(replace(preset, fit=replace(preset.fit, steps=5)), run)
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()][6:]
+    assert {line["id"]: set(line["seconds"]) for line in lines if line["status"] == "ok"} == dict.fromkeys(
+        ("plank", "tower"), {"fit", "atlas"}
+    )
 
 
 def _files(name: str) -> dict[str, str]:

@@ -325,44 +325,26 @@ def test_a_run_records_failures_goes_on_and_resumes(tmp_path):
     assert not list(out.glob(".*"))
 
 
-def _crash(pipe, settings, directory, threads):
-    """A worker that dies on objects named "crash", hangs on "hang", and works on others."""
+def _crash(identifier, source, settings, directory):
+    """Dies on objects named "crash", hangs on "hang", and leaves a file for others."""
     import os
     import time
 
-    pipe.send(("ready", ""))
-    while True:
-        try:
-            source = pipe.recv()
-        except EOFError:
-            return
-        if source.id == "crash":
-            os.kill(os.getpid(), 9)
-        if source.id == "hang":
-            time.sleep(1000)
-        views_path(directory, source.id).write_bytes(b"")
-        pipe.send(("ok", ""))
+    if identifier == "crash":
+        os.kill(os.getpid(), 9)
+    if identifier == "hang":
+        time.sleep(1000)
+    views_path(directory, identifier).write_bytes(b"")
+    return {"seconds": {"views": 1.5}}
 
 
 @needs_blender
 def test_a_crash_or_a_hang_costs_one_object(tmp_path, monkeypatch):
-    monkeypatch.setattr(views, "_work", _crash)
+    monkeypatch.setattr(views, "_render_one", _crash)
     objects = [SourceObject(id=name, name=name, path=tmp_path / "x.obj") for name in ("a", "crash", "b", "hang", "c")]
     records = render_objects(objects, tmp_path / "out", ViewSettings(size=8), workers=1, timeout=3, progress=False)
     assert [r["status"] for r in records] == ["ok", "failed", "ok", "failed", "ok"]
-    assert "ended with status -9" in records[1]["reason"] and "3 seconds" in records[3]["reason"]
-
-
-def _never_starts(pipe, settings, directory, threads):
-    raise SystemExit(3)
-
-
-@needs_blender
-def test_workers_that_cannot_start_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(views, "_work", _never_starts)
-    objects = [SourceObject(id=name, name=name, path=tmp_path / "x.obj") for name in ("a", "b")]
-    with pytest.raises(WorkError, match=r"cannot start \(status 3\)"):
-        render_objects(objects, tmp_path / "out", ViewSettings(size=8), workers=2, progress=False)
+    assert all("the worker died 3 times" in records[i]["reason"] for i in (1, 3)) and [r["seconds"] for r in records[::2]] == [1.5] * 3
 
 
 def test_arguments_are_checked(tmp_path, monkeypatch):

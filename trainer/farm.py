@@ -50,7 +50,9 @@ def for_each(
     progress: bool = True,
     *,
     records: Path | None = None,
+    observe: Callable[[dict], None] | None = None,
     address: str = "",
+    gpus: float = 0.0,
     attempts: int = ATTEMPTS,
     limit: float = LIMIT,
 ) -> dict[str, str]:
@@ -66,7 +68,10 @@ def for_each(
             that join later included.
         description: names the stage, on the progress bar and in the records.
         records: journal that every item's record is appended to; None keeps none.
+        observe: called with every record, after it is in the journal.
         address: "" for processes of this machine, "local" for Ray on this machine, "auto" or HOST:PORT for a Ray cluster.
+        gpus: share of a GPU that each item takes on a Ray cluster, which shows a worker no GPU without; processes of this machine
+            see all of them.
         attempts: how often an item is tried whose worker dies; one that raises is not tried again.
         limit: seconds that one item may take before its worker is ended.
 
@@ -74,11 +79,13 @@ def for_each(
         The reason of failure of each item that failed, by id.
 
     Raises:
-        InputError: no Ray cluster at `address`, or `workers` is negative.
+        InputError: no Ray cluster at `address`, no GPU in it although items take one, or `workers` or `gpus` is negative.
         WorkError: the worker processes cannot start.
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, got {workers}")
+    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise InputError(f"gpus must be a share of 0 to 1 or a whole number, got {gpus}")
     failures: dict[str, str] = {}
     source = iter(items)
     again: deque[_Task] = deque()
@@ -93,7 +100,7 @@ def for_each(
     if task is None:
         return failures
     total = len(items) if hasattr(items, "__len__") else None
-    with _journal(records) as append, _pool(address, workers) as pool, _bar(description, total, progress) as bar:
+    with _journal(records) as append, _pool(address, workers, gpus) as pool, _bar(description, total, progress) as bar:
         while True:
             while task is not None and pool.room() > 0:
                 pool.start(task)
@@ -106,7 +113,10 @@ def for_each(
                     again.append(finished)
                     continue
                 record = outcome or _given_up(finished)
-                append({"id": finished.id, "stage": description, **record, "attempts": finished.attempts})
+                record = {"id": finished.id, "stage": description, **record, "attempts": finished.attempts}
+                append(record)
+                if observe:
+                    observe(record)
                 if record["status"] != "ok":
                     failures[finished.id] = record["reason"]
                     bar.set_postfix(failed=len(failures))
@@ -247,8 +257,8 @@ def _journal(path: Path | None) -> Iterator[Callable[[dict], None]]:
 
 
 @contextmanager
-def _pool(address: str, workers: int) -> Iterator[_Pool]:
-    pool = _RayTasks(address, workers) if address else _Processes(workers or len(os.sched_getaffinity(0)))
+def _pool(address: str, workers: int, gpus: float) -> Iterator[_Pool]:
+    pool = _RayTasks(address, workers, gpus) if address else _Processes(workers or len(os.sched_getaffinity(0)))
     try:
         yield pool
     finally:
@@ -368,22 +378,28 @@ def _work(pipe: multiprocessing.connection.Connection) -> None:
 
 
 class _RayTasks:
-    """Ray tasks of one core each. At most `workers` are in flight, or twice the cluster's cores if that is 0."""
+    """Ray tasks of one core and a share of a GPU each. At most `workers` are in flight, or twice what fits the cluster if that is 0."""
 
-    def __init__(self, address: str, workers: int) -> None:
-        self.workers, self.tasks, self.cores, self.looked = workers, {}, 0, -float("inf")
+    def __init__(self, address: str, workers: int, gpus: float) -> None:
+        self.workers, self.gpus, self.tasks, self.fitting, self.looked = workers, gpus, {}, 0, -float("inf")
         self.ray, self.owned = _connect(address, workers)
+        if gpus and not self.ray.cluster_resources().get("GPU"):
+            self.close()
+            raise InputError(f"--gpus {gpus:g}: the Ray cluster has no GPU: start its nodes with `ray start --num-gpus N`, or leave it out")
         # Retries are ours: they are counted and recorded.
-        remote = self.ray.remote(num_cpus=1, max_retries=0, max_calls=OBJECTS_PER_PROCESS)(_call)
+        remote = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=OBJECTS_PER_PROCESS)(_call)
         self.remote = remote.options(runtime_env={"env_vars": _ONE_THREAD})
 
     def room(self) -> int:
         if self.workers:
             return self.workers - len(self.tasks)
         if time.monotonic() - self.looked > 5:
-            self.cores, self.looked = int(self.ray.cluster_resources().get("CPU", 0)), time.monotonic()
+            there = self.ray.cluster_resources()
+            self.fitting, self.looked = int(there.get("CPU", 0)), time.monotonic()
+            if self.gpus:
+                self.fitting = min(self.fitting, int(there.get("GPU", 0) / self.gpus))
         # Where no node is up yet, one waiting task asks an autoscaling cluster for it.
-        return max(1, 2 * self.cores) - len(self.tasks)
+        return max(1, 2 * self.fitting) - len(self.tasks)
 
     def busy(self) -> bool:
         return bool(self.tasks)

@@ -51,6 +51,7 @@ class Preset:
     minimum_psnr: float = 18.0  # dB on held-out views; worse fits are left out of the atlases
     workers: int = 2  # objects at the same time in the stages that work object by object; 0 takes every core
     address: str = ""  # where they run: empty for this machine, auto or HOST:PORT for a Ray cluster with a shared file system
+    gpus: float = 0.0  # share of a GPU that each object takes on a Ray cluster; on this machine fits use CUDA where there is one
     views: ViewSettings = field(default_factory=ViewSettings)
     fit: FitConfig = field(default_factory=FitConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

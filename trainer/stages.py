@@ -50,7 +50,7 @@ def views(preset: Preset, run: Path) -> None:
 
     objects = [source for spec in preset.sources for source in open_source(spec, run.parent / "sources")]
     objects = preset.select(objects)
-    records = render_objects(objects, run / "views", preset.views, workers=preset.workers or len(os.sched_getaffinity(0)))
+    records = render_objects(objects, run / "views", preset.views, workers=preset.workers, address=preset.address)
     failed = [record for record in records if record["status"] != "ok"]
     _say(f"views: {len(records) - len(failed)} of {len(records)} objects rendered")
     for record in failed:
@@ -67,12 +67,12 @@ def fit(preset: Preset, run: Path) -> None:
     todo, found = [], {}
     for path in sources:
         output = run / "fits" / f"{path.stem}.ply"
-        if output.is_file() and output.with_suffix(".json").is_file():
+        if _is_fitted(output, preset.fit):
             found[path.stem] = output
         else:
             todo.append((path.stem, path, output, preset.fit))
     _note_found(run, "fit", found, _read_scores)
-    failures = for_each(_fit_one, todo, preset.workers, "fit", records=run / RECORDS, address=preset.address)
+    failures = for_each(_fit_one, todo, preset.workers, "fit", records=run / RECORDS, address=preset.address, gpus=preset.gpus)
     _report("fit", len(sources), failures, len(list((run / "fits").glob("*.ply"))))
 
 
@@ -87,8 +87,22 @@ def _fit_one(_identifier: str, views_path: Path, output: Path, config: FitConfig
     scores = {name: round(value, 3) if isinstance(value, float) else value for name, value in scores.items()}
     # A score that could not be had is left out: NaN is no JSON.
     scores = {name: value for name, value in scores.items() if value == value}
-    _write_text(output.with_suffix(".json"), json.dumps({**scores, "gaussians": len(result.gaussians)}))
+    scores |= {"gaussians": len(result.gaussians), "settings": _settings_hash(config)}
+    _write_text(output.with_suffix(".json"), json.dumps(scores))
     return _read_scores(output)
+
+
+def _settings_hash(config: FitConfig) -> str:
+    """What makes a fit out of date when it changes."""
+    return _hash(replace(config, perceptual_score=True))
+
+
+def _is_fitted(output: Path, config: FitConfig) -> bool:
+    """Whether a fit with these settings is there. An imported one, or one from before settings were kept, is not ours to repeat."""
+    if not (output.is_file() and output.with_suffix(".json").is_file()):
+        return False
+    settings = json.loads(output.with_suffix(".json").read_text(encoding="utf-8")).get("settings")
+    return settings is None or settings == _settings_hash(config)
 
 
 def _read_scores(output: Path) -> dict:
@@ -111,7 +125,7 @@ def atlas(preset: Preset, run: Path) -> None:
     todo, found = [], {}
     for path in kept:
         output = run / "atlases" / f"{path.stem}.safetensors"
-        if _is_current(output, layout, preset.channels):
+        if _is_current(output, path, layout, preset.channels):
             found[path.stem] = output
         else:
             todo.append((path.stem, path, output, preset))
@@ -176,7 +190,7 @@ def farm(preset: Preset, run: Path) -> None:
 
     before = done()
     todo = [(s.id, replace(s, path=Path(os.path.abspath(s.path))), run, preset, recipe) for s in objects if s.id not in before]
-    failures = for_each(_object_one, todo, preset.workers, "farm", records=run / RECORDS, address=preset.address)
+    failures = for_each(_object_one, todo, preset.workers, "farm", records=run / RECORDS, address=preset.address, gpus=preset.gpus)
     # Everything is rendered: this writes views.jsonl, with the captions and credits.
     render_objects([s for s in objects if views_path(run / "views", s.id).is_file()], run / "views", preset.views, progress=False)
     ended = done()
@@ -190,8 +204,11 @@ def farm(preset: Preset, run: Path) -> None:
 
 def _recipe(preset: Preset, layout: AtlasLayout) -> str:
     """What makes a finished object out of date when it changes."""
-    text = repr((layout.id, preset.channels, preset.transport, preset.minimum_psnr))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _hash((layout.id, preset.channels, preset.transport, preset.minimum_psnr, _settings_hash(preset.fit)))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset, recipe: str) -> dict:
@@ -211,14 +228,14 @@ def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset
         import_blender()
         with _step("views", seconds, cpu):
             render_object(source, preset.views).save(pixels)
-    if not (output.is_file() and output.with_suffix(".json").is_file()):
+    if not _is_fitted(output, preset.fit):
         with _step("fit", seconds, cpu):
             _fit_one(identifier, pixels, output, preset.fit)
     record = _read_scores(output)
     record["bytes"]["views"] = pixels.stat().st_size
     kept = _is_good(output, preset)
     if kept:
-        if not _is_current(cells, AtlasLayout.load_default(preset.size, preset.projection), preset.channels):
+        if not _is_current(cells, output, AtlasLayout.load_default(preset.size, preset.projection), preset.channels):
             with _step("atlas", seconds, cpu):
                 _atlas_one(identifier, output, cells, preset)
         record["bytes"] |= _atlas_record(cells)["bytes"]
@@ -280,9 +297,11 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 
 
-def _is_current(path: Path, layout: AtlasLayout, channels: ChannelSpec) -> bool:
-    """Whether a stored atlas is whole and made as it would be made now."""
+def _is_current(path: Path, fit_path: Path, layout: AtlasLayout, channels: ChannelSpec) -> bool:
+    """Whether a stored atlas is whole, of the fit that is there, and made as it would be made now."""
     try:
+        if path.stat().st_mtime_ns < fit_path.stat().st_mtime_ns:
+            return False
         stored = Atlas.decode(path.read_bytes())
     except (OSError, ValueError):
         return False

@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from generator.errors import InputError, WorkError
 from generator.render.cameras import FOV_DEGREES, RADIUS, Cameras
 from generator.render.ewa import LOW_PASS
 
-from .farm import OBJECTS_PER_PROCESS
+from .farm import for_each
 from .sources import SourceObject, extract
 
 RECORDS = "views.jsonl"
@@ -203,9 +201,9 @@ def render_objects(
     settings: ViewSettings | None = None,
     *,
     workers: int = 2,
-    threads: int = 1,
     timeout: float = 600.0,
     progress: bool = True,
+    address: str = "",
 ) -> list[dict]:
     """Renders objects into `directory`: <id>.npz each, and views.jsonl with one record an object.
 
@@ -213,8 +211,9 @@ def render_objects(
     or takes Blender down is recorded with the reason and tried again by the next run; the others are not affected.
 
     Args:
-        workers: processes that render at the same time, each with `threads` CPU threads (more processes beat more threads).
+        workers: processes that render at the same time, one core each; 0 for every core.
         timeout: seconds that one object may take.
+        address: of a Ray cluster, as `farm.for_each` takes it; "" for processes of this machine.
 
     Returns:
         The records in the order of `objects`: SourceObject.record() plus "status" ("ok" or "failed"), "reason" and "seconds".
@@ -230,8 +229,6 @@ def render_objects(
         raise InputError("objects: two of them share an id: give each source its own")
     if importlib.util.find_spec("bpy") is None:
         raise WorkError("rendering views needs Blender as a module: pip install bpy==5.0.1 (Python 3.11)")
-    if workers < 1 or threads < 1:
-        raise InputError(f"workers and threads must be at least 1, got {workers} and {threads}")
     directory.mkdir(parents=True, exist_ok=True)
     _check_settings(directory, settings)
     records = {record["id"]: record for record in read_records(directory)}
@@ -243,8 +240,25 @@ def render_objects(
             seconds = records.get(source.id, {}).get("seconds", 0.0)
             records[source.id] = {**source.record(), "status": "ok", "reason": "", "seconds": seconds}
     _write_records(directory, records.values())
-    if pending:
-        _run_workers(pending, directory, settings, min(workers, len(pending)), threads, timeout, progress, records)
+    by_id = {source.id: source for source in pending}
+    with open(directory / RECORDS, "a", encoding="utf-8") as journal:
+
+        def note(outcome: dict) -> None:
+            source = by_id[outcome["id"]]
+            record = {
+                **source.record(),
+                "status": outcome["status"],
+                "reason": outcome["reason"],
+                "seconds": outcome["seconds"].get("views", 0.0),
+            }
+            records[source.id] = record
+            journal.write(json.dumps(record, ensure_ascii=False) + "\n")
+            journal.flush()
+
+        # Workers may start elsewhere.
+        place = Path(os.path.abspath(directory))
+        items = [(s.id, dataclasses.replace(s, path=Path(os.path.abspath(s.path))), settings, place) for s in pending]
+        for_each(_render_one, items, workers, "views", progress, observe=note, address=address, limit=timeout)
     order = [source.id for source in objects]
     _write_records(directory, [records[i] for i in order] + [r for i, r in records.items() if i not in set(order)])
     return [records[i] for i in order]
@@ -301,129 +315,9 @@ def _check_settings(directory: Path, settings: ViewSettings) -> None:
         _write_text(path, json.dumps(wanted, indent=1) + "\n")
 
 
-# --- worker processes -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Worker:
-    process: multiprocessing.process.BaseProcess
-    pipe: multiprocessing.connection.Connection
-    ready: bool = False  # has said that it is up
-    job: SourceObject | None = None
-    since: float = 0.0  # when it took the job, once ready
-    done: int = 0
-
-
-# What a process may take to come up, on a machine that is busy with other things.
-_START_SECONDS = 300.0
-
-
-def _start(settings: ViewSettings, directory: Path, threads: int) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, settings, directory, threads), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
-def _work(pipe: multiprocessing.connection.Connection, settings: ViewSettings, directory: Path, threads: int) -> None:
-    """A worker's life: says ("ready", ""), then objects come in by the pipe and ("ok" | "failed", reason) goes out; a closed
-    pipe ends it."""
+def _render_one(_identifier: str, source: SourceObject, settings: ViewSettings, directory: Path) -> dict:
     torch.set_num_threads(1)
     import_blender()
-    pipe.send(("ready", ""))
-    while True:
-        try:
-            source = pipe.recv()
-        except (EOFError, OSError, KeyboardInterrupt):
-            return
-        try:
-            render_object(source, settings, threads).save(views_path(directory, source.id))
-            pipe.send(("ok", ""))
-        except Exception as error:  # one object's trouble, whatever it is, must not stop the others
-            pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]))
-
-
-def _stop(worker: _Worker) -> None:
-    worker.pipe.close()
-    worker.process.kill()
-    worker.process.join()
-
-
-def _run_workers(
-    pending: list[SourceObject],
-    directory: Path,
-    settings: ViewSettings,
-    count: int,
-    threads: int,
-    timeout: float,
-    progress: bool,
-    records: dict[str, dict],
-) -> None:
-    from tqdm import tqdm
-
-    queue = list(reversed(pending))
-    workers = [_start(settings, directory, threads) for _ in range(count)]
-    bar = tqdm(total=len(pending), desc="views", unit="object", disable=not progress)
-    failed = 0
-    try:
-        with open(directory / RECORDS, "a", encoding="utf-8") as journal:
-            while True:
-                for index, worker in enumerate(workers):
-                    if worker.job is None and queue:
-                        if worker.done >= OBJECTS_PER_PROCESS or not worker.process.is_alive():
-                            _stop(worker)
-                            worker = workers[index] = _start(settings, directory, threads)
-                        worker.job, worker.since = queue.pop(), time.monotonic()
-                        # A pipe that broke here is found by the wait below: the process is dead.
-                        try:
-                            worker.pipe.send(worker.job)
-                        except OSError:
-                            pass
-                busy = [worker for worker in workers if worker.job is not None]
-                if not busy:
-                    break
-                multiprocessing.connection.wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], timeout=1.0)
-                for worker in busy:
-                    outcome = _outcome(worker, timeout)
-                    if outcome is None:
-                        continue
-                    source, seconds = worker.job, round(time.monotonic() - worker.since, 2)
-                    worker.job, worker.done = None, worker.done + 1
-                    record = {**source.record(), "status": outcome[0], "reason": outcome[1], "seconds": seconds}
-                    records[source.id] = record
-                    journal.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    journal.flush()
-                    failed += outcome[0] == "failed"
-                    bar.set_postfix(failed=failed)
-                    bar.update()
-    finally:
-        bar.close()
-        for worker in workers:
-            _stop(worker)
-
-
-def _outcome(worker: _Worker, timeout: float) -> tuple[str, str] | None:
-    """What became of a worker's object; None while it is still at it.
-
-    Raises:
-        WorkError: the process ended before it took any object, which would be the fate of all of them.
-    """
-    try:
-        if worker.pipe.poll():
-            message = worker.pipe.recv()
-            if message[0] != "ready":
-                return message
-            worker.ready, worker.since = True, time.monotonic()
-    except (EOFError, OSError):
-        pass
-    if not worker.process.is_alive():
-        if not worker.ready:
-            raise WorkError(f"the render process cannot start (status {worker.process.exitcode}): see its output above")
-        return "failed", f"WorkError: the render process ended with status {worker.process.exitcode}"
-    if time.monotonic() - worker.since > (timeout if worker.ready else max(timeout, _START_SECONDS)):
-        worker.process.kill()
-        worker.process.join()
-        return "failed", f"WorkError: no result after {timeout:.0f} seconds"
-    return None
+    start = time.perf_counter()
+    render_object(source, settings).save(views_path(directory, source.id))
+    return {"seconds": {"views": round(time.perf_counter() - start, 2)}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from generator.errors import InputError, WorkError
 from generator.gaussians import Gaussians
+from generator.model.pipeline import resolve_device
 from generator.render import Rendering, render
 from trainer.views import Views
 
@@ -43,31 +45,33 @@ def fit(
     views: Views,
     config: FitConfig = FitConfig(),  # noqa: B008 - frozen, so sharing it is safe
     observe: Callable[[int, Gaussians], None] | None = None,
+    device: str = "auto",
 ) -> FitResult:
     """Fit Gaussians to the training views; score on the held-out ones.
 
     Args:
         observe: called with the number of steps done and the Gaussians, at the start and after each step.
+        device: where it is optimised: "auto" (CUDA where there is one), "cpu" or "cuda". Start and scores are the CPU's.
 
     Raises:
-        InputError: the views show too little.
+        InputError: the views show too little, or the device is not there.
         WorkError: the optimisation diverged, or a perceptual loss is asked for and cannot be had.
     """
     start = time.perf_counter()
     # Everything is drawn from one seed, and the caller's random numbers stay as they were.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        gaussians = _optimise(views.select("train"), config, observe)
+        gaussians = _optimise(views.select("train"), config, observe, resolve_device(device)).to("cpu")
     seconds = time.perf_counter() - start
     if not gaussians.finite().all():
         raise WorkError("the fit diverged: some Gaussians are not finite; lower the learning rates")
     return FitResult(gaussians, seconds=seconds, **vars(score(gaussians, views, config.perceptual_score)))
 
 
-def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None] | None) -> Gaussians:
+def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians], None] | None, device: torch.device) -> Gaussians:
     if not len(views):
         raise InputError("the views hold no training view: nothing can be fitted")
-    initial = initialize(views, config.count, config.seed, config.start)
+    initial = initialize(views, config.count, config.seed, config.start).to(device)
     params, optimizers = _parameters(initial), {}
     for name, rate in _rates(config).items():
         optimizers[name] = torch.optim.Adam([params[name]], lr=rate, eps=1e-15, fused=True)
@@ -78,7 +82,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
         strategy = strategy_for(config, lambda: _weights(activate(params).detach(), views))
         strategy.check_sanity(params, optimizers)
         state = strategy.initialize_state()
-    targets = [_target(views, view) for view in range(len(views))]
+    targets = [_target(views, view, device) for view in range(len(views))]
     losses = _Losses(config, initial)
     queue: list[int] = []
     if observe:
@@ -92,7 +96,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
         view = queue.pop()
         gaussians = activate(params)
         # A random background makes the coverage visible to the colour loss.
-        background = torch.rand(3)
+        background = torch.rand(3).to(device)
         drawn = render(gaussians, views.cameras[view : view + 1], background=None)
         info = {
             "means2d": drawn.means2d,
@@ -170,7 +174,8 @@ class _Losses:
         largest = initial.scales.amax(1)
         # A set that changes has no initial scale for each of its Gaussians: their mean serves.
         self.largest = largest if config.strategy == "fixed" else largest.mean()
-        self.perceptual = perceptual() if config.perceptual_weight else None
+        model = perceptual() if config.perceptual_weight else None
+        self.perceptual = model and copy.deepcopy(model).to(initial.means.device)
         if config.perceptual_weight and self.perceptual is None:
             raise WorkError("fit.perceptual_weight needs lpips or stlpips-pytorch: install one, or set it to 0")
 
@@ -199,7 +204,7 @@ def _crop(alpha: Tensor, side: int) -> tuple[slice, slice]:
     return tuple(slice(start, start + side) for start in starts)
 
 
-def _target(views: Views, view: int) -> tuple[Tensor, Tensor]:
+def _target(views: Views, view: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Premultiplied rgb [H, W, 3] and alpha [H, W] of a view."""
-    rgba = torch.from_numpy(views.rgba[view]).float() / 255
+    rgba = torch.from_numpy(views.rgba[view]).to(device).float() / 255
     return rgba[..., :3] * rgba[..., 3:], rgba[..., 3]

@@ -41,11 +41,16 @@ def photometric(
         alpha, target_alpha: [H, W].
         background: [3].
     """
-    if rgb.is_cuda:
-        picture, target = (color + (1 - cover[..., None]) * background for color, cover in ((rgb, alpha), (target_rgb, target_alpha)))
-        loss = (1 - ssim_weight) * (picture - target).abs().mean() + alpha_weight * (alpha - target_alpha).abs().mean()
-        return loss + ssim_weight * (1 - ssim(picture, target)) if ssim_weight else loss
-    return _Photometric.apply(rgb, alpha, target_rgb, target_alpha, background, ssim_weight, alpha_weight)
+    function = _plain_photometric if rgb.is_cuda else _Photometric.apply
+    return function(rgb, alpha, target_rgb, target_alpha, background, ssim_weight, alpha_weight)
+
+
+def _plain_photometric(
+    rgb: Tensor, alpha: Tensor, target_rgb: Tensor, target_alpha: Tensor, background: Tensor, ssim_weight: float, alpha_weight: float
+) -> Tensor:
+    picture, target = (color + (1 - cover[..., None]) * background for color, cover in ((rgb, alpha), (target_rgb, target_alpha)))
+    loss = (1 - ssim_weight) * (picture - target).abs().mean() + alpha_weight * (alpha - target_alpha).abs().mean()
+    return loss + ssim_weight * (1 - ssim(picture, target)) if ssim_weight else loss
 
 
 class _Photometric(torch.autograd.Function):
