@@ -265,3 +265,24 @@ def test_a_text_encoder_inside_the_bundle(tmp_path: Path) -> None:
     assert features.hidden.shape == (2, 16, 32) and features.mask.sum(1).tolist() == [5, 3]
     tokens = torch.tensor([[101, 2482, 102]])
     torch.testing.assert_close(features.hidden[1, :3], model.eval()(tokens).last_hidden_state[0].detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_encoder_like_stable_diffusions_keeps_padding_and_takes_the_empty_prompt_for_none(tmp_path: Path) -> None:
+    """Against CLIPTextModel called as Stable Diffusion's pipeline calls it: no mask, everything that comes out."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(vocab_size=40000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = CLIPTextModel(config).eval()
+    model.save_pretrained(tmp_path / "clip")
+    tokenizer = text_encoder().tokenizer_folder
+    source = TextEncoder.from_folder(tmp_path / "clip", tokenizer, max_length=8, unconditional="empty", padding="kept")
+    source.save(tmp_path / "saved")
+    loaded = TextEncoder.load(tmp_path / "saved")
+    car, empty = (torch.tensor([tokens + [0] * (8 - len(tokens))]) for tokens in ([101, 2482, 102], [101, 102]))
+    torch.testing.assert_close(loaded.encode(["car"]).hidden, model(car).last_hidden_state.detach(), atol=1e-5, rtol=1e-4)
+    nothing = loaded.unconditional(2).hidden
+    torch.testing.assert_close(nothing, model(empty).last_hidden_state.detach().expand(2, -1, -1), atol=1e-5, rtol=1e-4)
+    for name in ("unconditional", "padding"):
+        with pytest.raises(InputError, match=f"{name} must be one of"):
+            TextEncoderConfig("transformers", **{name: "others"})

