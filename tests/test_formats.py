@@ -14,7 +14,7 @@ import torch
 from plyfile import PlyData, PlyElement
 
 from generator.errors import InputError
-from generator.formats import SUFFIXES, load, load_metadata, save
+from generator.formats import SUFFIXES, axes, load, load_metadata, save
 from generator.formats.raw import SH_C0
 from generator.gaussians import Gaussians
 
@@ -49,7 +49,7 @@ def foreign_columns(gaussians: Gaussians, dtype: type = np.float32) -> dict[str,
     opacities = gaussians.opacities.double().numpy()
     columns = {f"scale_{i}": np.log(gaussians.scales[:, i].double().numpy()) for i in range(3)}
     columns |= {f"rot_{i}": 3.7 * gaussians.quaternions[:, i].double().numpy() for i in range(4)}
-    columns |= {f"f_rest_{i}": np.full(len(gaussians), 0.1) for i in range(9)}
+    columns |= {f"f_rest_{i}": np.zeros(len(gaussians)) for i in range(9)}
     columns |= {f"f_dc_{i}": (gaussians.colors[:, i].double().numpy() - 0.5) / SH_C0 for i in range(3)}
     columns |= {"z": gaussians.means[:, 2].numpy(), "y": gaussians.means[:, 1].numpy(), "x": gaussians.means[:, 0].numpy()}
     columns |= {"opacity": np.log(opacities / (1 - opacities))}
@@ -218,13 +218,13 @@ def test_spz_and_ply_against_gsply(tmp_path: Path) -> None:
     save(gaussians, tmp_path / "a.ply")
     save(gaussians, tmp_path / "a.spz")
     turn = np.array([1, -1, -1], dtype=np.float32)
-    for data, ours, axes in (
+    for data, ours, signs in (
         (gsply.plyread(tmp_path / "a.ply"), load(tmp_path / "a.ply"), 1),
         (gsply.read_spz(tmp_path / "a.spz"), load(tmp_path / "a.spz"), turn),
     ):
         theirs = Gaussians(
-            means=torch.from_numpy(data.means * axes),
-            quaternions=torch.nn.functional.normalize(torch.from_numpy(data.quats * np.append(1, axes * np.ones(3)).astype("f4")), dim=1),
+            means=torch.from_numpy(data.means * signs),
+            quaternions=torch.nn.functional.normalize(torch.from_numpy(data.quats * np.append(1, signs * np.ones(3)).astype("f4")), dim=1),
             scales=torch.from_numpy(np.exp(data.scales)),
             opacities=torch.from_numpy(1 / (1 + np.exp(-data.opacities.reshape(-1)))),
             colors=torch.from_numpy(0.5 + SH_C0 * data.sh0.reshape(-1, 3).astype("f4")),
@@ -304,11 +304,168 @@ def test_absurd_plys_give_one_clear_line(tmp_path: Path, content: bytes) -> None
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_compressed_ply_says_so(tmp_path: Path) -> None:
+def test_compressed_ply_of_supersplat(tmp_path: Path) -> None:
+    """Another program's writer; 600 Gaussians fill two chunks and part of a third."""
+    gsply = pytest.importorskip("gsply")
+    gaussians = random_gaussians(600)
+    save(gaussians, tmp_path / "a.ply")
+    gsply.plywrite(str(tmp_path / "a.compressed.ply"), gsply.plyread(tmp_path / "a.ply"), compressed=True)
+    (written,) = tmp_path.glob("*.compressed.ply")
+    loaded = load(written)
+    # The writer sorts along a space-filling curve: match by position.
+    nearest = torch.cdist(loaded.means, gaussians.means).argmin(1)
+    assert len(set(nearest.tolist())) > 590
+    expected = gaussians[nearest]
+    torch.testing.assert_close(loaded.means, expected.means, atol=1.1e-3, rtol=0)
+    torch.testing.assert_close(loaded.colors, expected.colors, atol=0.01, rtol=0)
+    torch.testing.assert_close(loaded.opacities, expected.opacities, atol=0.01, rtol=0)
+    torch.testing.assert_close(loaded.scales.log(), expected.scales.log(), atol=0.01, rtol=0)
+    assert ((loaded.quaternions * expected.quaternions).sum(1).abs() > 1 - 1e-4).all()
+
+
+def test_incomplete_compressed_ply_is_one_clear_line(tmp_path: Path) -> None:
     path = tmp_path / "a.compressed.ply"
     path.write_bytes(header(1, "property uint packed_position\nproperty uint packed_rotation\n") + bytes(8))
-    with pytest.raises(InputError, match="compressed"):
+    with pytest.raises(InputError, match="compressed PLY: it lacks packed_scale"):
         load(path)
+
+
+def test_a_mesh_is_named_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.ply"
+    faces = "element face 1\nproperty list uchar int vertex_indices\n"
+    path.write_bytes(header(3, POINT_PROPERTIES + faces, "ascii") + b"0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    with pytest.raises(InputError, match=r"is a mesh \(1 faces\)"):
+        load(path)
+
+
+def six_sides() -> Gaussians:
+    """A ball of six caps of splats, each side with a colour of its own, flat along the outward axis; right is +X, front is -Y."""
+    colors = {"right": (1, 0, 0), "left": (0, 1, 1), "back": (0, 1, 0), "front": (1, 0, 1), "top": (0, 0, 1), "bottom": (1, 1, 0)}
+    normals = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])
+    half = 0.5**0.5
+    to_x, to_y, to_z = [half, 0, half, 0], [half, -half, 0, 0], [1.0, 0, 0, 0]  # turn a splat's thin Z to the side's axis
+    return Gaussians(
+        means=0.5 * normals,
+        quaternions=torch.tensor([to_x, to_x, to_y, to_y, to_z, to_z]),
+        scales=torch.tensor([[0.2, 0.1, 0.01]]).repeat(6, 1),
+        opacities=torch.full((6,), 0.8),
+        colors=torch.tensor([list(map(float, color)) for color in colors.values()]),
+    )
+
+
+# Where +X, -X, +Y, -Y, +Z, -Z of an object (right, left, back, front, top, bottom) lie in each world.
+WORLDS = {
+    "Z": "right left back front top bottom",
+    "-Y": "right left bottom top back front",  # Y down, Z into the picture
+    "Y": "right left top bottom front back",  # Y up, Z towards the viewer
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("up", axes.UP)
+def test_each_side_is_where_the_axes_put_it(tmp_path: Path, suffix: str, up: str) -> None:
+    sides = ["right", "left", "back", "front", "top", "bottom"]
+    ball = six_sides()
+    path = tmp_path / f"ball{suffix}"
+    save(ball, path, up=up)
+    held = load(path)
+    for axis, side in enumerate(WORLDS[up].split()):
+        expected = ball[torch.tensor([sides.index(side)])]
+        direction = torch.zeros(3)
+        direction[axis // 2] = 0.5 - axis % 2
+        row = (held.means - direction).norm(dim=1).argmin()
+        torch.testing.assert_close(held.means[row], direction, atol=1e-4, rtol=0)
+        torch.testing.assert_close(held.colors[row], expected.colors[0], atol=0.02, rtol=0)
+        assert held.covariances()[row, axis // 2, axis // 2] < 0.015**2, f"the splat of the {side} lies flat on it"
+    again = load(path, up=up)
+    torch.testing.assert_close(again.means, ball.means, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.covariances(), ball.covariances(), atol=2e-3, rtol=0)
+    with pytest.raises(InputError, match="axes"):
+        save(ball, path, up="up")
+
+
+def test_spz_has_its_own_axes(tmp_path: Path) -> None:
+    """What viewers of .spz show upright has Y up and Z towards the viewer in the file, whatever the .ply's axes are."""
+    gsply = pytest.importorskip("gsply")
+    save(six_sides(), tmp_path / "ball.spz", up="-Y")
+    stored = gsply.read_spz(tmp_path / "ball.spz").means
+    top, front = 4, 3
+    np.testing.assert_allclose(stored[[top, front]], [[0, 0.5, 0], [0, 0, 0.5]], atol=1e-4)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_spz_of_newer_versions_against_gsply(tmp_path: Path, version: int) -> None:
+    gsply = pytest.importorskip("gsply")
+    gaussians = random_gaussians()
+    turn = torch.tensor([1.0, -1, -1])
+    save(gaussians, tmp_path / "ours.spz", spz_version=version)
+    theirs = gsply.read_spz(tmp_path / "ours.spz")
+    torch.testing.assert_close(torch.from_numpy(theirs.means) * turn, gaussians.means, atol=2**-17 + 1e-7, rtol=0)
+    save(gaussians, tmp_path / "a.ply")
+    gsply.write_spz(tmp_path / "theirs.spz", gsply.plyread(tmp_path / "a.ply"), version=version)
+    for path, axis in ((tmp_path / "ours.spz", torch.ones(3)), (tmp_path / "theirs.spz", turn)):
+        loaded = load(path)
+        torch.testing.assert_close(loaded.means * axis, gaussians.means, atol=2e-4, rtol=0)
+        quaternions = loaded.quaternions * torch.cat([torch.ones(1), axis])
+        assert ((quaternions * gaussians.quaternions).sum(1).abs() > 1 - 1e-4).all()
+        torch.testing.assert_close(loaded.opacities, gaussians.opacities, atol=0.5 / 255 + 1e-6, rtol=0)
+    with pytest.raises(InputError, match="version 5"):
+        save(gaussians, tmp_path / "b.spz", spz_version=5)
+
+
+def test_damaged_spz_of_version_4_gives_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.spz"
+    save(random_gaussians(50), path, spz_version=4)
+    content = path.read_bytes()
+    bad_streams = content[:32] + struct.pack("<Q", 2**60) + content[40:]
+    bad_count = content[:8] + struct.pack("<I", 2**32 - 1) + content[12:]
+    for damaged in (
+        content[:20],
+        content[:60],
+        content[:-30],
+        content[:-1],
+        bad_streams,
+        bad_count,
+        content[:140] + bytes(20) + content[160:],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError) as error:
+            load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_spz_of_version_4_may_state_other_axes(tmp_path: Path) -> None:
+    """A record names (left, up, front), glTF's in Niantic's words; an unknown record before it is passed over."""
+    ball = six_sides()
+    save(ball, tmp_path / "a.spz", spz_version=4)
+    content = (tmp_path / "a.spz").read_bytes()
+    records = struct.pack("<II5s", 0xADBE0002, 5, b"hello") + struct.pack("<III", 0xADBE0003, 4, 7)
+    stated = content[:14] + bytes([2]) + content[15:16] + struct.pack("<I", 32 + len(records)) + content[20:32] + records + content[32:]
+    (tmp_path / "stated.spz").write_bytes(stated)
+    held = load(tmp_path / "stated.spz")
+    torch.testing.assert_close(held.means, ball.means * torch.tensor([-1.0, 1, -1]), atol=1e-4, rtol=0)
+    swapped = stated.replace(struct.pack("<III", 0xADBE0003, 4, 7), struct.pack("<III", 0xADBE0003, 4, 12))
+    (tmp_path / "swapped.spz").write_bytes(swapped)
+    with pytest.raises(InputError, match="swap Y and Z"):
+        load(tmp_path / "swapped.spz")
+
+
+def test_colour_that_depends_on_the_view_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    gaussians = random_gaussians(5)
+    columns = foreign_columns(gaussians)
+    columns |= {f"f_rest_{i}": np.full(5, 0.1, np.float32) for i in range(45)}
+    with pytest.warns(UserWarning, match="depends on the view .spherical harmonics of degree 3. is left out"):
+        load(write_ply(tmp_path / "a.ply", columns))
+    columns |= {f"f_rest_{i}": np.zeros(5, np.float32) for i in range(45)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_close(load(write_ply(tmp_path / "b.ply", columns)), gaussians)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot write /proc/"):
+        save(random_gaussians(3), "/proc/a.ply")
 
 
 @pytest.mark.parametrize(
@@ -332,6 +489,10 @@ def test_absurd_spz_headers(tmp_path: Path, magic: bytes, version: int, count: i
 
 def test_paths(tmp_path: Path) -> None:
     gaussians = random_gaussians(3)
+    named = tmp_path / "mit Leerzeichen" / "grüner Stuhl 椅子.SPZ"
+    named.parent.mkdir()
+    save(gaussians, named)
+    assert len(load(named)) == 3
     for bad in (tmp_path / "none.ply", tmp_path, tmp_path / "a.obj"):
         with pytest.raises(InputError):
             load(bad)

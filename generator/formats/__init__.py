@@ -8,15 +8,20 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import replacing
 from ..gaussians import Gaussians
-from . import ply, splat, spz
+from . import axes, ply, splat, spz
 
 SUFFIXES = (".ply", ".splat", ".spz")
 
 _MODULES = {".ply": ply, ".splat": splat, ".spz": spz}
 
 
-def load(path: str | os.PathLike) -> Gaussians:
-    """Read a splat file: N Gaussians, float32 on the CPU, in the file's own axes and units.
+def load(path: str | os.PathLike, up: str = "Z") -> Gaussians:
+    """Read a splat file: N Gaussians, float32 on the CPU, in the file's own units.
+
+    What the file holds beyond a Gaussian with one colour (higher spherical harmonics) is left out with a warning.
+
+    Args:
+        up: the axes of the file (axes.UP); they are turned to those of Gaussians. "Z" leaves the data as they are.
 
     Raises:
         InputError: missing, of another type, damaged, or without a usable Gaussian.
@@ -24,25 +29,33 @@ def load(path: str | os.PathLike) -> Gaussians:
     path = Path(path)
     module = _MODULES[check_suffix(path)]
     with _readable(path):
-        return module.read(path)
+        return axes.turn(module.read(path), up, "Z")
 
 
-def save(gaussians: Gaussians, path: str | os.PathLike, metadata: dict | None = None) -> None:
-    """Write a splat file in the axes and units of the Gaussians; an existing file is replaced only by a complete one.
+def save(
+    gaussians: Gaussians, path: str | os.PathLike, metadata: dict | None = None, up: str = "Z", spz_version: int = spz.DEFAULT_VERSION
+) -> None:
+    """Write a splat file in the units of the Gaussians; an existing file is replaced only by a complete one.
 
     Args:
         metadata: provenance, stored as JSON in a comment of a .ply; the other formats have no place for it.
+        up: the axes of the file (axes.UP): "Z" as the Gaussians are, "-Y" for splat viewers, "Y" as glTF.
+        spz_version: of an .spz file, one of spz.VERSIONS.
 
     Raises:
         InputError: an unknown suffix, a place that cannot be written, no Gaussians, or numbers that are not finite.
     """
     path = Path(path)
     suffix = check_suffix(path)
+    turned = axes.turn(gaussians, "Z", up)
     with replacing(path) as temporary:
-        if suffix == ".ply":
-            ply.write(gaussians, temporary, metadata)
-        else:
-            _MODULES[suffix].write(gaussians, temporary)
+        match suffix:
+            case ".ply":
+                ply.write(turned, temporary, metadata)
+            case ".spz":
+                spz.write(turned, temporary, spz_version)
+            case _:
+                splat.write(turned, temporary)
 
 
 def load_metadata(path: str | os.PathLike) -> dict | None:

@@ -1,7 +1,9 @@
 """PLY as 3D Gaussian splatting programs write it (Kerbl et al. 2023): logit opacity, log scale, SH colour, (w, x, y, z).
 
-Axes: the object frame of `Gaussians` as it is, right-handed with Z up and the front towards -Y. A PLY says nothing about
-its axes; a viewer that takes Y for up or down shows an object of this project lying on its back until it is turned.
+The compressed PLY of SuperSplat (elements chunk and vertex, packed_position ...) is read too.
+
+Axes: a PLY says nothing about its axes. Most viewers take Y for down, so an object in this project's axes (Z up) lies on its
+back there until it is turned: `formats.save(..., up="-Y")`.
 """
 
 from __future__ import annotations
@@ -53,23 +55,26 @@ def write(gaussians: Gaussians, path: Path, metadata: dict | None = None) -> Non
 def read(path: Path) -> Gaussians:
     """Read a PLY of any program: ASCII or binary, any order and width of the properties.
 
-    Needed are x, y, z, scale_0.. and rot_0..; colour comes from f_dc_0.. or red, green, blue (bytes, or floats in 0..1),
-    else is mid-grey; without opacity every Gaussian is opaque. Two scales (flat 2D Gaussians) get a thin third. Normals,
-    f_rest_* and everything else are ignored. Rows with numbers that are not finite are dropped with a warning; infinite
-    opacity logits are 0 and 1.
+    Needed are x, y, z, scale_0.. and rot_0.., or the packed properties of SuperSplat; colour comes from f_dc_0.. or red, green,
+    blue (bytes, or floats in 0..1), else is mid-grey; without opacity every Gaussian is opaque. Two scales (flat 2D Gaussians)
+    get a thin third. Normals and everything else are ignored, f_rest_* with a warning. Rows with numbers that are not finite
+    are dropped with a warning; infinite opacity logits are 0 and 1.
 
     Raises:
-        InputError: not a PLY, truncated, absurd, compressed or without Gaussians.
+        InputError: not a PLY, truncated, absurd, a mesh or a plain point cloud, or without Gaussians.
     """
-    vertices = read_vertices(path)
+    elements = _read_elements(path)
+    vertices = elements["vertex"]
     names = set(vertices.dtype.names or ())
 
     def stack(*wanted: str) -> np.ndarray:
         return np.stack([np.asarray(vertices[name], dtype=np.float64) for name in wanted], axis=1)
 
     if "packed_position" in names:
-        raise InputError(f"{path} is a compressed PLY; convert it to a plain PLY or .spz first")
+        return _read_compressed(path, elements)
     missing = [name for name in ("x", "y", "z", "scale_0", "scale_1", "rot_0", "rot_1", "rot_2", "rot_3") if name not in names]
+    if missing and "face" in elements:
+        raise InputError(f"{path} is a mesh ({len(elements['face'])} faces), not a Gaussian splat file: import it as Stanford PLY")
     if missing:
         raise InputError(f"{path} is not a Gaussian splat file: it lacks the vertex properties {', '.join(missing)}")
     if any(vertices.dtype[name].hasobject for name in names & set(_FIELDS)):
@@ -90,7 +95,66 @@ def read(path: Path) -> Gaussians:
         colors = stack("red", "green", "blue") / (np.iinfo(kind).max if kind.kind in "ui" else 1.0)
     else:
         colors = np.full((len(means), 3), 0.5)
+    rest = sorted(name for name in names if name.startswith("f_rest_"))
+    if any(np.any(vertices[name]) for name in rest):
+        raw.warn_of_higher_bands(path, round((len(rest) / 3 + 1) ** 0.5) - 1)
     return raw.assemble(path, means, quaternions, scales, opacities, colors)
+
+
+# SuperSplat's compressed PLY: vertices in groups of 256, each packed between the limits of its chunk.
+_GROUP = 256
+
+
+def _read_compressed(path: Path, elements: dict[str, np.ndarray]) -> Gaussians:
+    """Gaussians of packed 32-bit words: position and scale 11-10-11 bits, rotation 2-10-10-10, colour and opacity 8 bits each.
+
+    Positions, log scales and colours (chunks of old files limit no colours) lie between min_* and max_* of the vertex's chunk.
+    A rotation leaves out its largest component, named by the first two bits in the order (w, x, y, z).
+    """
+    vertices, chunks = elements["vertex"], elements.get("chunk")
+    packed = ("packed_position", "packed_rotation", "packed_scale", "packed_color")
+    limits = [f"{end}_{name}" for name in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max")]
+    found = set(chunks.dtype.names or ()) if chunks is not None else set()
+    if missing := [name for name in packed if name not in (vertices.dtype.names or ())] + [name for name in limits if name not in found]:
+        raise InputError(f"{path} is not a complete compressed PLY: it lacks {', '.join(missing[:4])}")
+    if len(chunks) * _GROUP < len(vertices):
+        raise InputError(f"{path} is not a complete compressed PLY: {len(chunks)} chunks for {len(vertices)} vertices")
+    if any(vertices.dtype[name].kind not in "ui" for name in packed):
+        raise InputError(f"{path} is not a compressed PLY: its packed properties are not integers")
+    words = {name: vertices[name].astype(np.uint32) for name in packed}
+    group = np.arange(len(vertices)) // _GROUP
+
+    def between(names: tuple[str, ...], values: np.ndarray) -> np.ndarray:
+        low, high = (np.stack([chunks[f"{end}_{name}"][group] for name in names], axis=1).astype(np.float64) for end in ("min", "max"))
+        return low + (high - low) * values
+
+    quaternions = np.zeros((len(vertices), 4))
+    stored = (_bits(words["packed_rotation"], 2, 10, 10, 10)[:, 1:] - 0.5) * 2**0.5
+    largest = words["packed_rotation"] >> 30
+    for component in range(4):
+        rows = largest == component
+        quaternions[np.ix_(rows, [i for i in range(4) if i != component])] = stored[rows]
+        quaternions[rows, component] = np.sqrt(np.maximum(0.0, 1.0 - np.square(stored[rows]).sum(axis=1)))
+    rgba = _bits(words["packed_color"], 8, 8, 8, 8)
+    colors = rgba[:, :3]
+    if {"min_r", "max_r", "min_g", "max_g", "min_b", "max_b"} <= found:
+        colors = between(("r", "g", "b"), colors)
+    if "sh" in elements:
+        raw.warn_of_higher_bands(path, round((len(elements["sh"].dtype.names or ()) / 3 + 1) ** 0.5) - 1)
+    return raw.assemble(
+        path,
+        means=between(("x", "y", "z"), _bits(words["packed_position"], 11, 10, 11)),
+        quaternions=quaternions,
+        scales=raw.scales_from_logs(between(("scale_x", "scale_y", "scale_z"), _bits(words["packed_scale"], 11, 10, 11))),
+        opacities=rgba[:, 3],
+        colors=colors,
+    )
+
+
+def _bits(words: np.ndarray, *widths: int) -> np.ndarray:
+    """The fields of 32-bit words [N], highest first, as numbers in 0..1 [N, fields]."""
+    shifts = np.cumsum((0, *widths[::-1]))[-2::-1]
+    return np.stack([((words >> int(s)) & ((1 << w) - 1)) / ((1 << w) - 1) for s, w in zip(shifts, widths, strict=True)], axis=1)
 
 
 def read_metadata(path: Path) -> dict | None:
@@ -135,6 +199,11 @@ def read_vertices(path: Path) -> np.ndarray:
     Raises:
         InputError: not a PLY, truncated, absurd, or without vertices.
     """
+    return _read_elements(path)["vertex"]
+
+
+def _read_elements(path: Path) -> dict[str, np.ndarray]:
+    """Every element by name; there is a vertex element."""
     _header(path)
     try:
         data = PlyData.read(os.fspath(path))
@@ -146,5 +215,4 @@ def read_vertices(path: Path) -> np.ndarray:
     if "vertex" not in data:
         raise InputError(f"{path} is not a Gaussian splat file: it has no vertices")
     # A copy: plyfile maps the file, and on Windows a mapped file can be neither replaced nor removed.
-    return np.array(data["vertex"].data)
-
+    return {element.name: np.array(element.data) for element in data.elements}

@@ -54,6 +54,11 @@ def scales_from_logs(logs: np.ndarray) -> np.ndarray:
     return np.exp(np.clip(logs, *LOG_SCALE_LIMITS))
 
 
+def warn_of_higher_bands(path: object, degree: int) -> None:
+    """Say that a file's view-dependent colour is left out; to be called only where it holds some."""
+    warnings.warn(f"{path}: colour that depends on the view (spherical harmonics of degree {degree}) is left out", stacklevel=2)
+
+
 def columns(gaussians: Gaussians) -> dict[str, np.ndarray]:
     """The fields of some Gaussians as float64 NumPy arrays, checked to be worth writing.
 

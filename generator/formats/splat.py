@@ -2,7 +2,7 @@
 
 A record is position 3 x float32, scale 3 x float32 (linear), colour and opacity 4 x uint8 (display sRGB, 0..255), rotation
 4 x uint8 ((w, x, y, z) * 128 + 128). Colour and opacity keep 8 bits, a rotation is off by up to half a degree.
-Axes: as in PLY, the object frame as it is.
+Axes: as in PLY, whatever the writer's were; viewers take Y for down.
 """
 
 from __future__ import annotations
