@@ -6,6 +6,7 @@ import bpy
 
 from . import batch, operators, panels, preferences, properties, service
 from .operators import base, files
+from .splat_object import upgrade
 
 _CLASSES = (*properties.CLASSES, *preferences.CLASSES, *operators.CLASSES, *panels.CLASSES)
 _commands: list = []
@@ -16,6 +17,7 @@ def register() -> None:
         bpy.utils.register_class(cls)
     properties.attach()
     files.add_to_menus()
+    upgrade.register()
     _commands.append(bpy.utils.register_cli_command("gaussian_atlas", batch.main))
 
 
@@ -24,6 +26,7 @@ def unregister() -> None:
     service.unload()
     while _commands:
         bpy.utils.unregister_cli_command(_commands.pop())
+    upgrade.unregister()
     files.remove_from_menus()
     properties.detach()
     for cls in reversed(_CLASSES):

@@ -9,7 +9,7 @@ import bpy
 from ..generator.errors import WorkError
 from ..generator.files import replacing
 from . import render_settings, splat_object
-from .splat_object import node_group
+from .splat_object import inputs, node_group
 
 # Seen a little from the right and from above: front, side and top of an object show at once.
 AZIMUTH, ELEVATION = 30.0, 20.0
@@ -57,8 +57,8 @@ def look_at(
     cameras = splat_object.framing(splat_object.read(object, world=True), size, azimuth, elevation)
     camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(camera)
-    node_group.set_input(object, node_group.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
-    node_group.set_input(object, node_group.BLEND_IN_DISPLAY_SPACE, exact)
+    node_group.set_input(object, inputs.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
+    node_group.set_input(object, inputs.BLEND_IN_DISPLAY_SPACE, exact)
     set_up(scene, camera, (size, size), samples)
     if exact:
         scene.view_settings.view_transform = "Raw"

@@ -28,11 +28,11 @@ def read_png(path) -> np.ndarray:
 def render_in_blender(bpy, extension, object, cameras, path, display_blending=True, face_camera=True, engine="CYCLES") -> np.ndarray:
     """F12 of a splat object, one sample at the pixel's centre, over white: display values [H, W, 3]."""
     splat_object, preview = extension("blender_addon.splat_object"), extension("blender_addon.preview")
-    node_group = extension("blender_addon.splat_object.node_group")
+    node_group, inputs = (extension(f"blender_addon.splat_object.{name}") for name in ("node_group", "inputs"))
     scene = bpy.context.scene
-    node_group.set_input(object, node_group.BLEND_IN_DISPLAY_SPACE, display_blending)
-    node_group.set_input(object, node_group.FACE_CAMERA, face_camera)
-    node_group.set_input(object, node_group.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
+    node_group.set_input(object, inputs.BLEND_IN_DISPLAY_SPACE, display_blending)
+    node_group.set_input(object, inputs.RENDER_DISPLAY, "Camera Quads" if face_camera else "Ellipsoids")
+    node_group.set_input(object, inputs.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
     camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(camera)
     preview.set_up(scene, camera, samples=1, size=(cameras.width, cameras.height))

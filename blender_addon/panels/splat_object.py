@@ -5,7 +5,7 @@ from __future__ import annotations
 import bpy
 
 from .. import properties, splat_object
-from ..splat_object import node_group
+from ..splat_object import inputs, node_group
 from .common import SidebarPanel
 
 
@@ -35,8 +35,8 @@ class ObjectPanel(SidebarPanel, bpy.types.Panel):
         modifier = node_group.modifier_of(object)
         if modifier:
             column = layout.column(align=True)
-            column.prop(*node_group.input_property(modifier, node_group.SPLAT_SIZE), text=node_group.SPLAT_SIZE)
-            column.prop(*node_group.input_property(modifier, node_group.BLEND_IN_DISPLAY_SPACE), text="Blend in Display Space (Raw View)")
+            column.prop(*inputs.place(modifier, inputs.SPLAT_SIZE), text=inputs.SPLAT_SIZE)
+            column.prop(*inputs.place(modifier, inputs.BLEND_IN_DISPLAY_SPACE), text="Blend in Display Space (Raw View)")
         layout.operator("gaussian_atlas.export_splats", icon="EXPORT")
 
 

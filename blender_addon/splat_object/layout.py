@@ -34,9 +34,14 @@ def native() -> bool:
     return kind is not None and "GAUSSIAN_SPLAT" in kind.enum_items
 
 
+def radiance_type(native: bool) -> str:
+    """Radiance is a plain 4-vector for native splats; elsewhere a colour, which the nodes of every version can read."""
+    return "FLOAT4" if native else "FLOAT_COLOR"
+
+
 def attributes() -> tuple[Attribute, ...]:
-    """The layout in this Blender. Radiance is a plain 4-vector for native splats; elsewhere a colour, which nodes can read."""
-    radiance = "FLOAT4" if native() else "FLOAT_COLOR"
+    """The layout in this Blender."""
+    radiance = radiance_type(native())
     return (
         Attribute(POSITION, "FLOAT_VECTOR", 3, "mean, object frame"),
         Attribute(SCALE, "FLOAT_VECTOR", 3, "standard deviations along the Gaussian's axes, linear"),
@@ -59,6 +64,30 @@ def fill(cloud: bpy.types.PointCloud, values: dict[str, np.ndarray]) -> None:
         flat = np.ascontiguousarray(values[attribute.name], dtype=np.float32).ravel()
         stored.data.foreach_set(_field(stored, attribute.width), flat)
     cloud.update_tag()
+
+
+def convert(cloud: bpy.types.PointCloud, native: bool) -> bool:
+    """Give a splat point cloud the attribute types of native or of other splats. Returns whether there was anything to do."""
+    kind = radiance_type(native)
+    stored = cloud.attributes[RADIANCE]
+    changed = stored.data_type != kind and len(stored.data) > 0
+    if changed:
+        flat = np.empty(4 * len(stored.data), np.float32)
+        stored.data.foreach_get(_field(stored, 4), flat)
+        cloud.attributes.remove(stored)
+        stored = cloud.attributes.new(RADIANCE, kind, "POINT")
+        stored.data.foreach_set(_field(stored, 4), flat)
+    if native:
+        changed |= make_native(cloud)
+    cloud.update_tag()
+    return changed
+
+
+def make_native(cloud: bpy.types.PointCloud) -> bool:
+    """Have Blender 5.3 and later draw a point cloud as splats. Returns whether it did not before."""
+    changed = cloud.type != "GAUSSIAN_SPLAT"
+    cloud.type = "GAUSSIAN_SPLAT"
+    return changed
 
 
 def extract(cloud: bpy.types.PointCloud) -> dict[str, np.ndarray]:

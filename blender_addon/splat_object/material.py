@@ -9,6 +9,7 @@ from .tree import Tree
 
 ELLIPSOID = "Gaussian Splat"
 FACING = "Gaussian Splat Facing Camera"
+DOT = "Gaussian Splat Point"
 EMISSION = "splat_emission"  # set by the node group: what the splat emits, scene-linear
 # As in the generator's renderer: a splat never hides everything behind it, and ends where its alpha falls below 1/255.
 ALPHA_MAX = 0.999
@@ -22,7 +23,7 @@ def ellipsoid() -> bpy.types.Material:
     p a point of the ray and i its unit direction, both in the sphere's frame, the squared distance of the ray from the
     centre is d2 = |p|^2 - (p.i)^2, and the Gaussian's peak along the ray is alpha = o exp(-k^2 d2 / 2) = o (255 o)^(-d2).
     """
-    material = bpy.data.materials.get(ELLIPSOID)
+    material = _found(ELLIPSOID)
     if material is not None:
         return material
     material, t = _new(ELLIPSOID)
@@ -39,7 +40,7 @@ def ellipsoid() -> bpy.types.Material:
 
 def facing() -> bpy.types.Material:
     """The material of this file for squares that face the camera: d2 is the squared distance in the square's own plane."""
-    material = bpy.data.materials.get(FACING)
+    material = _found(FACING)
     if material is not None:
         return material
     material, t = _new(FACING)
@@ -47,11 +48,29 @@ def facing() -> bpy.types.Material:
     return _finish(material, t, t.vector("DOT_PRODUCT", point, point), 1.0)
 
 
+def dot() -> bpy.types.Material:
+    """The material of this file for points: opaque, in the splat's colour."""
+    material = _found(DOT)
+    if material is not None:
+        return material
+    material, t = _new(DOT)
+    emission = t.node("ShaderNodeAttribute", attribute_type="GEOMETRY", attribute_name=EMISSION).outputs["Color"]
+    glow = t.node("ShaderNodeEmission", {"Color": emission, "Strength": 1.0}).outputs[0]
+    t.node("ShaderNodeOutputMaterial", {"Surface": glow})
+    t.arrange()
+    return material
+
+
+def _found(name: str) -> bpy.types.Material | None:
+    return next((material for material in bpy.data.materials if material.name == name and material.library is None), None)
+
+
 def _new(name: str) -> tuple[bpy.types.Material, Tree]:
     material = bpy.data.materials.new(name)
     if material.node_tree is None:
         material.use_nodes = True  # the default, and deprecated, from Blender 5.0
-    material.surface_render_method = "BLENDED"  # EEVEE sorts by instance centre, as splat renderers do
+    if name != DOT:
+        material.surface_render_method = "BLENDED"  # EEVEE sorts by instance centre, as splat renderers do
     material.use_backface_culling = name == ELLIPSOID
     if hasattr(material, "cycles"):
         material.cycles.emission_sampling = "NONE"  # thousands of tiny lamps would only add noise

@@ -18,7 +18,8 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
     """A new splat object of these Gaussians, linked to a collection (the scene's own by default).
 
     Selection, mode and active object stay as they are. On Blender 5.3 and later the object is a native splat point
-    cloud; before, geometry nodes and a material draw the same attributes.
+    cloud; before, geometry nodes and a material draw the same attributes. Either way a modifier holds the inputs that
+    `inputs.TABLE` lists.
 
     Raises:
         InputError: there are no Gaussians, or a number is not finite.
@@ -41,9 +42,8 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
     object = bpy.data.objects.new(name, cloud)
     (collection or bpy.context.scene.collection).objects.link(object)
     if layout.native():
-        cloud.type = "GAUSSIAN_SPLAT"
-    else:
-        node_group.attach(object)
+        layout.make_native(cloud)
+    node_group.attach(object)
     return object
 
 
