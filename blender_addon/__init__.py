@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bpy
 
-from . import batch, operators, panels, preferences, properties, service
+from . import batch, operators, overlay, panels, preferences, properties, service
 from .operators import base, files
 from .splat_object import upgrade
 
@@ -23,6 +23,7 @@ def register() -> None:
 
 def unregister() -> None:
     base.end_running(bpy.context)
+    overlay.clear()
     service.unload()
     while _commands:
         bpy.utils.unregister_cli_command(_commands.pop())

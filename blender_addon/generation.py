@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..generator.errors import Cancelled, InputError
 from . import extension, service
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from ..generator.gaussians import Gaussians
 
 SEED_MAX = 2**31 - 1  # Blender's integer properties are 32 bits wide
+# An object that is being made is decoded at most this often, and for at most this share of the time.
+PREVIEW_SECONDS = 0.3
+PREVIEW_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,52 @@ class Generated:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage: "load", "sample"
 
 
-def generate(request: Request, report: Report, cancel: threading.Event) -> list[Generated]:
+@dataclass(frozen=True)
+class Preview:
+    """An object as it looks so far, as coloured dots: what the overlay draws."""
+
+    index: int  # which object of the run
+    positions: np.ndarray  # [N, 3] float32, object frame
+    colors: np.ndarray  # [N, 4] float32, display sRGB and opacity, 0..1
+    radii: np.ndarray  # [N] float32, one standard deviation: the geometric mean of the three axes
+    result: Generated | None = None  # set once the object is done
+
+    @classmethod
+    def of(cls, gaussians: Gaussians, index: int = 0, result: Generated | None = None) -> Preview:
+        host = gaussians.to("cpu")
+        finite = host.finite().numpy()
+        colors = np.concatenate([host.colors.numpy(), host.opacities.numpy()[:, None]], axis=1).clip(0, 1)
+        radii = np.exp(np.log(np.maximum(host.scales.numpy(), 1e-6)).mean(axis=1))
+        arrays = (host.means.numpy(), colors, radii)
+        return cls(index, *(np.ascontiguousarray(values[finite], np.float32) for values in arrays), result)
+
+
+class Watcher:
+    """A pipeline's callback: every step becomes progress, and where `look` is set now and then a `Preview`.
+
+    Decoding happens here, in the thread that samples, so that the window pays nothing for it.
+    """
+
+    def __init__(self, report: Report, stage: str, index: int = 0, look: bool = False) -> None:
+        self._report, self._stage, self._index, self._look = report, stage, index, look
+        self._next = 0.0
+
+    def __call__(self, step: int, total: int, decode: Callable[[], list[Gaussians]]) -> None:
+        preview = None
+        now = time.monotonic()
+        if self._look and now >= self._next and step < total:
+            so_far = decode()
+            preview = Preview.of(so_far[0], self._index) if so_far else None
+            cost = time.monotonic() - now
+            self._next = now + max(PREVIEW_SECONDS, cost / PREVIEW_SHARE)
+        self._report(self._stage, step, total, preview)
+
+
+def generate(request: Request, report: Report, cancel: threading.Event, look: bool = False) -> list[Generated]:
     """Sample every object of a request; loads the model where it is not loaded yet.
+
+    Args:
+        look: report the objects as they come to be, and each that is done with its result, as `Preview`.
 
     Raises:
         InputError: the request or the model is not usable.
@@ -104,7 +154,7 @@ def generate(request: Request, report: Report, cancel: threading.Event) -> list[
             num_inference_steps=one.steps,
             guidance_scale=one.guidance,
             num_samples_per_prompt=1,
-            callback=lambda step, total, preview, stage=stage: report(stage, step, total, preview),
+            callback=Watcher(report, stage, index, look),
             cancel=cancel,
         )
         provenance = Provenance(
@@ -119,4 +169,6 @@ def generate(request: Request, report: Report, cancel: threading.Event) -> list[
         )
         seconds = {"load": load_seconds if index == 0 else 0.0, "sample": time.perf_counter() - started}
         results.append(Generated(out.gaussians[0], provenance, seconds))
+        if look:
+            report(stage, one.steps, one.steps, Preview.of(out.gaussians[0], index, results[-1]))
     return results

@@ -121,7 +121,7 @@ class FakePipeline:
             if cancel.is_set():
                 raise self.cancelled("stopped")
             self.before_step(step)
-            callback(step + 1, num_inference_steps, lambda: [])
+            callback(step + 1, num_inference_steps, lambda step=step: [self.torus(50, seed=step)])
         return SimpleNamespace(gaussians=[self.torus(200, seed=len(prompt) + seed)])
 
 

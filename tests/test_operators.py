@@ -309,6 +309,177 @@ def test_randomize_draws_a_new_seed_and_shows_it(bpy, fake_model, interface):
     assert fake_model.pipeline.calls[0]["seed"] == settings.seed != 0
 
 
+# What is seen while it works
+
+
+@pytest.fixture
+def overlay(extension, monkeypatch):
+    monkeypatch.setattr(extension("blender_addon.generation"), "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(extension("blender_addon.generation"), "PREVIEW_SHARE", 1e9)
+    return extension("blender_addon.overlay")
+
+
+def tick_until(interface, condition, limit=30.0):
+    end = time.monotonic() + limit
+    while not condition() and time.monotonic() < end:
+        interface.send("TIMER")
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_the_object_is_seen_as_it_comes_to_be_and_becomes_real_in_place(bpy, fake_model, interface, overlay):
+    gate = threading.Semaphore(0)
+    fake_model.pipeline.before_step = lambda step: gate.acquire(timeout=30)
+    bpy.context.scene.cursor.location = (1, 2, 3)
+    settings = bpy.context.scene.gaussian_atlas
+    settings.prompt, settings.steps, settings.count = "a chair", 4, 2
+    interface.invoke()
+    assert overlay.shown() == {}
+    seen = []
+    for _ in range(2):
+        gate.release()
+        tick_until(interface, lambda: overlay.shown() and (not seen or overlay.shown()[0][0] is not seen[-1]))
+        preview, location = overlay.shown()[0]
+        assert location == (1, 2, 3) and len(preview.positions) == 50 and preview.result is None
+        seen.append(preview)
+    assert not np.array_equal(seen[0].positions, seen[1].positions)
+    bpy.context.scene.cursor.location = (9, 9, 9)  # moved while it works: the object stays where it was seen
+    for _ in range(3):
+        gate.release()
+    tick_until(interface, lambda: len(overlay.shown()) == 2)
+    done, location = overlay.shown()[0]
+    assert done.result and len(done.positions) == 200, "the first is shown as it will be while the second is made"
+    assert overlay.shown()[1][1] == (2.25, 2, 3)
+    assert not bpy.data.pointclouds and not bpy.data.objects, "what is seen is no data of the file"
+    for _ in range(3):
+        gate.release()
+    assert interface.until_ended() == {"FINISHED"}
+    assert overlay.shown() == {}
+    assert {tuple(o.location) for o in bpy.data.objects} == {(1, 2, 3), (2.25, 2, 3)}
+
+
+@pytest.mark.parametrize("how", ["ESC", "error", "file", "disabled"])
+def test_nothing_of_it_is_left(bpy, fake_model, interface, base, overlay, extension, how):
+    gate = threading.Semaphore(0)
+
+    def step(index):
+        assert gate.acquire(timeout=30)
+        if index == 2 and how == "error":
+            raise extension("generator.errors").WorkError("the network failed")
+
+    fake_model.pipeline.before_step = step
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    interface.invoke()
+    gate.release()
+    tick_until(interface, overlay.shown)
+    if how == "ESC":
+        interface.send("ESC")
+    elif how == "file":
+        interface.operator.cancel(interface.context)
+    elif how == "disabled":
+        threading.Timer(0.1, gate.release).start()
+        base.end_running(interface.context)
+        overlay.clear()
+    for _ in range(3):
+        gate.release()
+    if how in ("ESC", "error"):
+        assert interface.until_ended() == {"CANCELLED"}
+    assert overlay.shown() == {} and overlay._handler is None
+    assert not bpy.data.pointclouds and not bpy.data.objects
+
+
+@pytest.mark.parametrize("how", ["ESC", "error"])
+def test_objects_that_are_complete_stay_when_the_rest_is_stopped(bpy, fake_model, interface, overlay, extension, how):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def step(index):
+        if len(fake_model.pipeline.calls) == 3:
+            reached.set()
+            assert go_on.wait(30)
+            if how == "error":
+                raise extension("generator.errors").WorkError("the network failed")
+
+    fake_model.pipeline.before_step = step
+    settings = bpy.context.scene.gaussian_atlas
+    settings.prompt, settings.steps, settings.count, settings.seed = "a chair", 2, 5, 4
+    interface.invoke()
+    assert reached.wait(30)
+    if how == "ESC":
+        interface.send("ESC")
+    go_on.set()
+    assert interface.until_ended() == {"FINISHED"}, "finished, so that undo takes the two away again"
+    assert sorted(o.gaussian_atlas.seed for o in bpy.data.objects) == [4, 5]
+    assert status(bpy).error == ("" if how == "ESC" else "the network failed")
+
+
+def test_undo_and_a_deleted_scene_while_it_works(bpy, fake_model, interface, overlay):
+    gate = threading.Semaphore(0)
+    fake_model.pipeline.before_step = lambda step: gate.acquire(timeout=30)
+    settings = bpy.context.scene.gaussian_atlas
+    settings.prompt, settings.steps = "a chair", 3
+    bpy.ops.ed.undo_push(message="before")
+    bpy.context.scene.collection.objects.link(bpy.data.objects.new("empty", None))
+    bpy.ops.ed.undo_push(message="empty")
+    interface.invoke()
+    gate.release()
+    tick_until(interface, overlay.shown)
+    bpy.ops.ed.undo()
+    real = bpy.context
+    interface.context.scene, interface.context.view_layer = real.scene, real.view_layer  # as Blender gives them to every event
+    assert "empty" not in bpy.data.objects
+    interface.send("TIMER")
+    other = bpy.data.scenes.new("other")
+    interface.context.scene, interface.context.view_layer, interface.context.collection = other, other.view_layers[0], other.collection
+    bpy.data.scenes.remove(next(scene for scene in bpy.data.scenes if scene is not other and scene != other))
+    for _ in range(3):
+        gate.release()
+    assert interface.until_ended() == {"FINISHED"}
+    assert [o.name for o in other.objects] == ["a chair"]
+
+
+def test_points_are_drawn_from_the_back(bpy, extension, overlay, torus):
+    from math import radians
+
+    from mathutils import Matrix
+
+    Preview = extension("blender_addon.generation").Preview
+    for index, location in enumerate([(0, 0, 0), (3, 0, 0)]):
+        overlay.show(bpy.context.scene, Preview.of(torus(100, seed=index), index), location)
+    camera = Matrix.Translation((2, -5, 1)) @ Matrix.Rotation(radians(80), 4, "X")
+    positions, colors, radii = overlay.sorted_points(np.array(camera.inverted()))
+    overlay.clear()
+    assert len(positions) == len(colors) == len(radii) == 200 and positions[:, 0].max() > 3
+    forward = np.array(camera)[:3, 2] * -1
+    depth = (positions - np.array(camera)[:3, 3]) @ forward
+    assert (np.diff(depth) <= 1e-5).all() and depth.min() > 0
+    assert colors.min() >= 0 and colors.max() <= 1 and radii.min() > 0
+
+
+def test_looking_costs_a_small_share_of_the_time(extension, torus, monkeypatch):
+    generation = extension("blender_addon.generation")
+    clock = [0.0]
+    monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
+    decoded, reports = [], []
+
+    def decode(cost):
+        clock[0] += cost
+        decoded.append(clock[0])
+        return [torus(5)]
+
+    for cost, step_seconds in ((0.001, 0.05), (0.2, 0.05)):
+        clock[0], decoded[:], reports[:] = 100.0, [], []
+        watcher = generation.Watcher(lambda *report: reports.append(report), "Sampling", 0, look=True)
+        for step in range(100):
+            clock[0] += step_seconds
+            watcher(step + 1, 100, lambda cost=cost: decode(cost))
+        assert len(reports) == 100 and [report[1] for report in reports] == list(range(1, 101))
+        assert min(np.diff(decoded)) >= generation.PREVIEW_SECONDS
+        assert len(decoded) * cost <= 1.2 * generation.PREVIEW_SHARE * (clock[0] - 100) + cost
+        assert len(decoded) > 3
+    blind = generation.Watcher(lambda *report: None, "Sampling")
+    blind(1, 100, lambda: pytest.fail("nobody looks"))
+
+
 # The machinery that other long operators share
 
 

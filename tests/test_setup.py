@@ -241,7 +241,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     "prompt",
     [
         "a red armchair",
-        "it's \"quoted\"",
+        'it\'s "quoted"',
         "costs $5 or $HOME or $(pwd) or $$ or ${PATH}",
         "`touch pwned`; touch pwned & touch pwned | touch pwned",
         "back\\slash # hash % percent",

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import bpy
 from bpy.props import FloatProperty, IntProperty, StringProperty
 
-from .. import extension, generation, properties, splat_object
+from .. import extension, generation, overlay, properties, splat_object
 from ..generation import SEED_MAX, Request
 from .base import JobOperator
 
 if TYPE_CHECKING:
     from ..generation import Generated
-    from ..job import Work
+    from ..job import Progress, Work
 
 # Generated objects stand in a grid, a little more than their longest side (1) apart.
 SPACING = 1.25
@@ -30,9 +30,11 @@ def grid_offsets(count: int) -> list[tuple[float, float, float]]:
     return [(SPACING * (index % columns), SPACING * (index // columns), 0.0) for index in range(count)]
 
 
-def place(context: bpy.types.Context, results: Sequence[Generated], origin: Sequence[float]) -> Iterator[bpy.types.Object]:
-    """Make one object after another round `origin`, with their provenance."""
-    for result, offset in zip(results, grid_offsets(len(results)), strict=True):
+def place(
+    context: bpy.types.Context, results: Sequence[Generated], offsets: Sequence[Sequence[float]], origin: Sequence[float]
+) -> Iterator[bpy.types.Object]:
+    """Make one object after another, each at its offset from `origin`, with its provenance."""
+    for result, offset in zip(results, offsets, strict=False):
         # Blender cuts names at 63 bytes (255 from 5.0); the prompt is kept whole in the provenance.
         object = splat_object.write(result.gaussians, result.provenance.prompt[:50], context.collection)
         object.location = [a + b for a, b in zip(origin, offset, strict=True)]
@@ -70,6 +72,10 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
     guidance: FloatProperty(name="Guidance", default=3.5, min=0.0, max=30.0)
     count: IntProperty(name="Count", default=1, min=1, max=1000)
 
+    # Without annotations: Blender evaluates every one of an operator's.
+    _done = ()  # the run's objects so far, as Generated
+    _origin = (0.0, 0.0, 0.0)  # the 3D cursor when it began
+
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         settings = context.scene.gaussian_atlas
         if interactive and settings.randomize_seed and not self.properties.is_property_set("seed"):
@@ -87,11 +93,28 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
             count=self.count,
             model=extension.model_folder(context),
         )
-        return partial(generation.generate, request)
+        self._done = []
+        self._origin = tuple(context.scene.cursor.location)
+        return partial(generation.generate, request, look=interactive)
+
+    def show(self, context: bpy.types.Context, progress: list[Progress]) -> None:
+        offsets = grid_offsets(self.count)
+        # Of each object only the last look that has arrived.
+        for preview in {news.preview.index: news.preview for news in progress if news.preview}.values():
+            overlay.show(context.scene, preview, [a + b for a, b in zip(self._origin, offsets[preview.index], strict=True)])
+            if preview.result:
+                self._done.append(preview.result)
+
+    def drop(self, context: bpy.types.Context) -> None:
+        overlay.clear()
+
+    def salvage(self, context: bpy.types.Context) -> list[Generated] | None:
+        """Objects of a run that were complete before it was stopped: they took their time and stay."""
+        return self._done or None
 
     def finish(self, context: bpy.types.Context, results: list[Generated]) -> Iterator[set[str]]:
         names = []
-        for object in place(context, results, context.scene.cursor.location.copy()):
+        for object in place(context, results, grid_offsets(self.count), self._origin):
             names.append(object.name)
             yield {"PASS_THROUGH"}
         # By name: between two of them the user may have undone or deleted the first.
