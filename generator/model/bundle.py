@@ -207,11 +207,12 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
     )
 
 
-def find_bundle(source: str | os.PathLike, allow_download: bool = True) -> Path:
+def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: list[str] | None = None) -> Path:
     """The folder of a bundle: `source` itself, or a snapshot of the hub model that it names.
 
     Args:
         allow_download: without it only a snapshot that is already in the local cache is found.
+        wanted: patterns of the files to fetch; None fetches all.
 
     Raises:
         InputError: it is neither a folder here nor a hub model that can be had.
@@ -227,7 +228,7 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True) -> Path:
 
     try:
         pickles = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
-        return Path(snapshot_download(text, ignore_patterns=pickles, local_files_only=not allow_download))
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=pickles, local_files_only=not allow_download))
     except LocalEntryNotFoundError as error:
         reason = "the hub could not be reached" if allow_download else "it has not been downloaded, and downloads are not allowed here"
         raise InputError(f"the model {text} is not a folder here, and {reason}") from error

@@ -16,7 +16,8 @@ def widen_unet(unet: UNet2DConditionModel, copies: int = 4) -> UNet2DConditionMo
     The weight of conv_in is repeated along its input and divided by `copies`, that of conv_out (and its bias) repeated along
     its output. Four copies of a latent therefore give four copies of the old output: training starts where the 2D model ended.
     """
-    config = dict(unet.config)
+    # Among the private entries is a list of those left at their defaults, which from_config would put back there.
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     config["in_channels"] = copies * unet.config.in_channels
     config["out_channels"] = copies * unet.config.out_channels
     # Made without memory: every weight is assigned below.
