@@ -1,5 +1,6 @@
 """Objects as images: the layout of the cells, the channels of a cell, the statistics that normalise them."""
 
+from .cells import in_cells, morph
 from .channels import CHANNELS, Atlas, ChannelSpec, from_atlas, pack
 from .layout import PROJECTIONS, AtlasLayout
 from .normalization import Normalization, NormalizationAccumulator, NormalScores, NormalScoresAccumulator
@@ -15,5 +16,7 @@ __all__ = [
     "Normalization",
     "NormalizationAccumulator",
     "from_atlas",
+    "in_cells",
+    "morph",
     "pack",
 ]

@@ -14,16 +14,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization, from_atlas
+from ..atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization, from_atlas, in_cells, pack
 from ..errors import Cancelled, InputError, WorkError
 from ..gaussians import Gaussians
 from .bundle import find_bundle, load_bundle, save_bundle
+from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold
 from .text import TextEncoder
 
@@ -115,9 +117,7 @@ class GaussianAtlasPipeline:
             scheduler = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise InputError(f"{bundle.directory}: the scheduler configuration is not usable: {error}") from error
-        pipeline = cls(
-            unet, scheduler, bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash
-        )
+        pipeline = cls(unet, scheduler, bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash)
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
 
@@ -148,6 +148,11 @@ class GaussianAtlasPipeline:
         batch_size: int = 4,
         callback: StepCallback | None = None,
         cancel: threading.Event | None = None,
+        mix_prompt: str | None = None,
+        mix_weight: float = 0.5,
+        init_atlas: Atlas | None = None,
+        strength: float | None = None,
+        mask: Tensor | None = None,
     ) -> GenerationOutput:
         """Sample objects. Object i of the call gets the seed `seed + i` and does not depend on the others.
 
@@ -161,16 +166,28 @@ class GaussianAtlasPipeline:
             batch_size: objects that are sampled at once; more needs more memory.
             callback: called after every step, see StepCallback.
             cancel: looked at before every step.
+            mix_prompt: a second prompt; what the network predicts for both is averaged in every step (composable diffusion, Liu et
+                al. 2022), at the cost of one prediction more.
+            mix_weight: of the second prompt; 0 is the first alone, 1 the second.
+            init_atlas: start from this object, see `encode`: a variation of it, or with a mask other cells in it.
+            strength: how much of the noise schedule is gone through again, 0 (the object itself) to 1 (nothing of it but the cells
+                that a mask keeps); by default 0.5, and 1 with a mask.
+            mask: [size, size] bool, the cells of `init_atlas` to make anew; the others stay, bit for bit.
 
         Raises:
-            InputError: an argument is out of range.
+            InputError: an argument is out of range, or `init_atlas` does not belong to this model.
             Cancelled: `cancel` was set.
             WorkError: the network gave numbers that are not finite.
         """
         defaults = self.info.get("defaults", {})
         steps = defaults.get("num_inference_steps", 20) if num_inference_steps is None else num_inference_steps
         guidance = defaults.get("guidance_scale", 3.5) if guidance_scale is None else guidance_scale
-        check_arguments(prompt, negative_prompt, seed, steps, guidance, num_samples_per_prompt, batch_size)
+        check_arguments(
+            prompt, negative_prompt, seed, steps, guidance, num_samples_per_prompt, batch_size, mix_prompt, mix_weight, strength
+        )
+        if init_atlas is None and (strength is not None or mask is not None):
+            raise InputError("strength and mask need init_atlas, the object to start from")
+        source = None if init_atlas is None else Source.of(init_atlas, strength, mask, self.layout, self.channels)
         trained = self.scheduler.config.num_train_timesteps
         if steps > trained:
             raise InputError(f"num_inference_steps must be at most {trained}, the steps this model was trained with, got {steps}")
@@ -179,10 +196,23 @@ class GaussianAtlasPipeline:
 
         started = time.perf_counter()
         _stop_if(cancel)
-        positive, negative = self._encode(prompts, negative_prompt if guidance > 1 else None)
+        if mix_prompt is not None and mix_weight == 1:
+            mixed, mix_prompt = [mix_prompt] * len(prompts), None
+        else:
+            mixed = prompts
+        positive, negative = self._encode(mixed, negative_prompt if guidance > 1 else None)
+        mix = None
+        if mix_prompt is not None and mix_weight > 0:
+            mix = _Mix(self._encode([mix_prompt], None)[0], float(mix_weight))
         _stop_if(cancel)
         seconds = {"text": time.perf_counter() - started, "sample": 0.0, "decode": 0.0}
         output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds)
+        if source is not None and source.strength == 0:
+            output.atlases.extend(source.atlas for _ in prompts)
+            output.gaussians.extend(self._gaussians(source.atlas) for _ in prompts)
+            return output
+        strength = 1.0 if source is None else source.strength
+        steps = len(self._scheduler(steps, strength).timesteps)
         total = steps * math.ceil(len(prompts) / batch_size)
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
@@ -194,10 +224,12 @@ class GaussianAtlasPipeline:
                     callback(before + step, total, preview)
 
             started = time.perf_counter()
-            latents = self._sample(seeds[rows], positive[rows], negative, steps, guidance, report, cancel)
+            scheduler = self._scheduler(output.num_inference_steps, strength)
+            predict = partial(self._predict, positive=positive[rows], negative=negative, guidance=guidance, mix=mix)
+            latents = self._sample(seeds[rows], scheduler, predict, source, report, cancel)
             seconds["sample"] += time.perf_counter() - started
             started = time.perf_counter()
-            atlases = self._decode(latents)
+            atlases = self._decode(latents, source)
             output.atlases.extend(atlases)
             output.gaussians.extend(self._gaussians(atlas) for atlas in atlases)
             seconds["decode"] += time.perf_counter() - started
@@ -215,50 +247,117 @@ class GaussianAtlasPipeline:
         to = {"device": self.unet.device, "dtype": self.unet.dtype}
         return positive.to(**to), negative.to(**to)
 
+    def _scheduler(self, steps: int, strength: float) -> DPMSolverMultistepScheduler:
+        """A solver of its own, at the beginning of its timesteps: it keeps state, and another thread may be sampling."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        set_start(scheduler, steps, strength, self.unet.device)
+        return scheduler
+
+    def _predict(
+        self, latents: Tensor, timestep: Tensor, *, positive: Tensor, negative: Tensor, guidance: float, mix: _Mix | None
+    ) -> Tensor:
+        """What the network predicts for latents [B, C, H, W], guided and mixed, float32 of the same shape."""
+        texts = [positive]
+        if mix is not None:
+            texts.append(mix.text.expand_as(positive))
+        if guidance > 1:
+            texts.append(negative.expand_as(positive))
+        layout = torch.channels_last if self.info.get("inference", {}).get("channels_last", True) else torch.contiguous_format
+        batch = torch.cat([latents] * len(texts)).to(self.unet.dtype).contiguous(memory_format=layout)
+        predicted = self.unet(batch, timestep, encoder_hidden_states=torch.cat(texts), return_dict=False)[0].float()
+        predictions = list(predicted.chunk(len(texts)))
+        without = predictions.pop() if guidance > 1 else None
+        found = predictions[0] if mix is None else torch.lerp(*predictions, mix.weight)
+        return found if without is None else without + guidance * (found - without)
+
     def _sample(
         self,
         seeds: list[int],
-        positive: Tensor,
-        negative: Tensor,
-        steps: int,
-        guidance: float,
+        scheduler: DPMSolverMultistepScheduler,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        source: Source | None,
         report: Callable[[int, Callable[[], list[Gaussians]]], None] | None,
         cancel: threading.Event | None,
     ) -> Tensor:
-        """Normalised atlases [B, 16, H, W], float32, by DPM-Solver++ (Lu et al. 2022) from the noise of each seed."""
+        """Normalised atlases [B, 16, H, W], float32, by DPM-Solver++ (Lu et al. 2022) from the noise of each seed and the source."""
         factor = int(self.info.get("fold", 1))
         size = self.layout.size
         # On the CPU and one generator each: an object must depend neither on its neighbours nor on the device's generator.
         noise = [torch.randn(CHANNELS, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        # A solver of its own: it keeps state, and another thread may be sampling.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=self.unet.device)
-        latents = fold(torch.stack(noise), factor).to(self.unet.device) * scheduler.init_noise_sigma
-        guided = guidance > 1
-        text = torch.cat([negative.expand_as(positive), positive]) if guided else positive
-        layout = torch.channels_last if self.info.get("inference", {}).get("channels_last", True) else torch.contiguous_format
+        noise = fold(torch.stack(noise), factor).to(self.unet.device) * scheduler.init_noise_sigma
+        latents, clean, keep = noise, None, None
+        error, kind = None, scheduler.config.prediction_type
+        if source is not None:
+            clean = source.normalized(self.normalization, factor).to(noise).expand_as(noise)
+            keep = None if source.mask is None else ~source.folded_mask(factor).to(noise.device)
+        if source is not None and source.strength < 1:
+            latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1])
+            _stop_if(cancel)
+            error = (1 - source.strength) * self._error(clean, predict, scheduler)
         for index, timestep in enumerate(scheduler.timesteps):
             _stop_if(cancel)
-            batch = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-            batch = batch.to(self.unet.dtype).contiguous(memory_format=layout)
-            prediction = self.unet(batch, timestep, encoder_hidden_states=text, return_dict=False)[0].float()
-            if guided:
-                without, with_text = prediction.chunk(2)
-                prediction = without + guidance * (with_text - without)
+            if keep is not None:
+                # The kept cells at this level, always by the same noise: the path that the solver takes to them.
+                latents = torch.where(keep, scheduler.add_noise(clean, noise, timestep[None]), latents)
+            prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
+            if error is not None:
+                prediction = shift_estimate(prediction, error, *_level(scheduler, timestep), kind)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
             if report is not None:
                 # DPM-Solver++ keeps its estimate of the clean atlas.
-                clean = scheduler.model_outputs[-1]
-                report(index + 1, lambda clean=clean: [self._gaussians(atlas) for atlas in self._decode(unfold(clean, factor))])
+                estimate = scheduler.model_outputs[-1]
+                report(
+                    index + 1,
+                    lambda estimate=estimate: [self._gaussians(atlas) for atlas in self._decode(unfold(estimate, factor), source)],
+                )
         _stop_if(cancel)
         if not bool(torch.isfinite(latents).all()):
             raise WorkError(f"the network gave numbers that are not finite in {self.unet.dtype}; load the model with dtype=torch.float32")
         return unfold(latents, factor)
 
-    def _decode(self, latents: Tensor) -> list[Atlas]:
+    def _error(self, clean: Tensor, predict: Callable[[Tensor, Tensor], Tensor], scheduler: DPMSolverMultistepScheduler) -> Tensor:
+        """What the network lacks to give a clean atlas back at the lowest noise level, of its shape.
+
+        A perfect one lacks nothing. A real one draws every object nearer to what it has learned, even without noise, so that the least
+        variation would be another object; added to its estimates, the less the higher the strength, this keeps the source where
+        there is no noise.
+        """
+        lowest = torch.zeros_like(scheduler.timesteps[0])
+        alpha, sigma = _level(scheduler, lowest)
+        x = alpha * clean
+        return clean - clean_estimate(predict(x, lowest), x, alpha, sigma, scheduler.config.prediction_type)
+
+    def _decode(self, latents: Tensor, source: Source | None = None) -> list[Atlas]:
         raw = self.normalization.denormalize(latents.float().cpu())
+        raw = raw if source is None else source.paste(raw)
         return [Atlas(values.contiguous(), self.layout.id, self.channels) for values in raw]
 
+    @property
+    def low_pass(self) -> float:
+        """Standard deviation in object units by which generated Gaussians are wider than their atlas says; 0 where they are not."""
+        return float(self.info.get("low_pass", 0.0))
+
+    def encode(self, gaussians: Gaussians, cells: Tensor | None = None, low_pass: float | None = None) -> Atlas:
+        """The atlas of an object that was generated, and changed since perhaps: what `init_atlas` takes.
+
+        Args:
+            gaussians: what a call gave, in any order, some of them deleted or altered; object frame.
+            cells: [N] int64, the cell of each, -1 for none; by default Gaussian i is cell i. Cells without one become empty.
+            low_pass: of the model that made the object, see the property; by default this model's.
+
+        Raises:
+            InputError: the cells are not those of this model's layout, or a number is not finite.
+        """
+        cells = torch.arange(len(gaussians)) if cells is None else cells
+        if not bool(gaussians.finite().all()):
+            raise InputError("gaussians contain NaN or infinity; keep those of Gaussians.finite()")
+        ordered = in_cells(gaussians.detach().to("cpu", torch.float32), cells, self.layout)
+        width = self.low_pass if low_pass is None else low_pass
+        if width:
+            # In double precision: a thin Gaussian is the difference of two nearly equal squares.
+            squares = (ordered.scales.double() ** 2 - width**2).clamp_min(0)
+            ordered = ordered.replace(scales=squares.sqrt().clamp_min(self.channels.min_scale).float())
+        return pack(ordered, self.layout, self.channels)
 
     def _gaussians(self, atlas: Atlas) -> Gaussians:
         """The Gaussians of a generated atlas, each widened by the low-pass that it was learned under.
@@ -267,8 +366,19 @@ class GaussianAtlasPipeline:
         leave gaps; with that filter as part of them they look at any size as they did at the fit's (Mip-Splatting, Yu et al. 2024).
         """
         gaussians = from_atlas(atlas, self.layout)
-        low_pass = float(self.info.get("low_pass", 0.0))
-        return gaussians.replace(scales=torch.sqrt(gaussians.scales**2 + low_pass**2)) if low_pass else gaussians
+        return gaussians.replace(scales=torch.sqrt(gaussians.scales**2 + self.low_pass**2)) if self.low_pass else gaussians
+
+
+@dataclass(frozen=True)
+class _Mix:
+    text: Tensor  # [1, L, D]
+    weight: float  # between 0 and 1
+
+
+def _level(scheduler: DPMSolverMultistepScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of x = alpha clean + sigma noise."""
+    alpha2 = scheduler.alphas_cumprod[int(timestep)].to(timestep.device)
+    return alpha2.sqrt(), (1 - alpha2).sqrt()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -309,6 +419,9 @@ def check_arguments(
     guidance_scale: object = None,
     num_samples_per_prompt: object = 1,
     batch_size: object = 4,
+    mix_prompt: object = None,
+    mix_weight: object = 0.5,
+    strength: object = None,
 ) -> None:
     """Check the arguments of a pipeline's call without a pipeline; None is its default.
 
@@ -329,9 +442,17 @@ def check_arguments(
     _check_count("seed", seed, 0, MAX_SEED - len(prompts) * num_samples_per_prompt + 1)
     if num_inference_steps is not None:
         _check_count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
-    if guidance_scale is not None and not (number and math.isfinite(guidance_scale)):
+    if guidance_scale is not None and not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
         raise InputError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+    if mix_prompt is not None and (not isinstance(mix_prompt, str) or not mix_prompt.strip()):
+        raise InputError(f"mix_prompt must be text that is not empty, got {mix_prompt!r}")
+    for name, value in (("mix_weight", mix_weight), ("strength", strength)):
+        if not (name == "strength" and value is None) and not (_is_number(value) and 0 <= value <= 1):
+            raise InputError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: object, low: int, high: int) -> None:
