@@ -238,7 +238,7 @@ def _output_folder(path: Path) -> Path:
 def _identity(request: Request, model_hash: str) -> dict:
     """What has to be the same for a result to be the same."""
     identity = asdict(request)
-    del identity["model"], identity["count"]
+    del identity["model"], identity["count"], identity["device"]
     return identity | {"model_hash": model_hash}
 
 

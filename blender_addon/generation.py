@@ -39,6 +39,7 @@ class Request:
     steps: int = 20  # solver steps, at least 1
     guidance: float = 3.5  # classifier-free guidance, at least 0; 1 is without
     count: int = 1
+    device: str = "auto"  # "auto", "cpu" or "cuda"
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -135,9 +136,9 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
     """
     started = time.perf_counter()
     info = service.describe(request.model)
-    if not service.is_loaded(request.model):
+    if not service.is_loaded(request.model, request.device):
         report("Loading the model")
-    pipe = service.pipeline(request.model)
+    pipe = service.pipeline(request.model, request.device)
     load_seconds = time.perf_counter() - started
     results = []
     requests = request.each()

@@ -6,6 +6,7 @@ nothing is evaluated, so the window stays as free as before. Their colours show 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from .generation import Preview
 
+log = logging.getLogger(__name__)
+
 # How many standard deviations of a Gaussian are drawn.
 _EXTENT = 2.5
 
@@ -27,10 +30,11 @@ _handler: object | None = None
 
 _VERTEX = """
 void main() {
-  gl_Position = projection * view * vec4(position, 1.0);
-  // Half the viewport's height in pixels, times what the projection makes of a length at that distance.
-  gl_PointSize = max(2.0, extent * 2.0 * radius * projection[1][1] * 0.5 * height / gl_Position.w);
-  shade = color;
+  gl_Position = view_projection * vec4(position, 1.0);
+  gl_PointSize = max(2.0, 2.0 * extent * radius * pixels / gl_Position.w);
+  // What a handler after the view draws is taken for linear light.
+  vec3 linear_rgb = mix(color.rgb / 12.92, pow((color.rgb + 0.055) / 1.055, vec3(2.4)), step(0.04045, color.rgb));
+  shade = vec4(linear_rgb, color.a);
 }
 """
 _FRAGMENT = """
@@ -38,7 +42,7 @@ void main() {
   vec2 from_centre = (gl_PointCoord - 0.5) * 2.0 * extent;
   float falloff = exp(-0.5 * dot(from_centre, from_centre));
   if (length(from_centre) > extent) { discard; }
-  result = blender_srgb_to_framebuffer_space(vec4(shade.rgb, shade.a * falloff));
+  result = vec4(shade.rgb, shade.a * falloff);
 }
 """
 
@@ -81,9 +85,17 @@ def sorted_points(view: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _draw() -> None:
-    context = bpy.context
-    if not _shown or context.scene.name_full != _scene:
+    """Blender calls this at every redraw of a 3D view; a graphics driver that cannot do it is told of once."""
+    if not _shown or bpy.context.scene.name_full != _scene:
         return
+    try:
+        _draw_points(bpy.context)
+    except Exception:
+        log.exception("the objects that are being made cannot be drawn here")
+        clear()
+
+
+def _draw_points(context: bpy.types.Context) -> None:
     import gpu
 
     region = context.region_data
@@ -94,9 +106,9 @@ def _draw() -> None:
     points.attr_fill("radius", np.ascontiguousarray(radii[:, None], np.float32))
     shader = _shader()
     shader.bind()
-    shader.uniform_float("view", region.view_matrix)
-    shader.uniform_float("projection", region.window_matrix)
-    shader.uniform_float("height", float(context.region.height))
+    shader.uniform_float("view_projection", region.perspective_matrix)
+    # Pixels that a length of 1 takes at the distance of 1.
+    shader.uniform_float("pixels", region.window_matrix[1][1] * context.region.height / 2)
     shader.uniform_float("extent", _EXTENT)
     gpu.state.program_point_size_set(True)
     gpu.state.depth_test_set("LESS_EQUAL")
@@ -126,7 +138,7 @@ def _shader() -> gpu.types.GPUShader:
     info = gpu.types.GPUShaderCreateInfo()
     for index, (kind, name) in enumerate((("VEC3", "position"), ("VEC4", "color"), ("FLOAT", "radius"))):
         info.vertex_in(index, kind, name)
-    for kind, name in (("MAT4", "view"), ("MAT4", "projection"), ("FLOAT", "height"), ("FLOAT", "extent")):
+    for kind, name in (("MAT4", "view_projection"), ("FLOAT", "pixels"), ("FLOAT", "extent")):
         info.push_constant(kind, name)
     info.vertex_out(varying)
     info.fragment_out(0, "VEC4", "result")

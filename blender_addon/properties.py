@@ -7,7 +7,21 @@ from dataclasses import fields
 import bpy
 from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 
+from ..generator.errors import InputError
+from . import extension, history, service, vocabulary
 from .generation import SEED_MAX, Provenance
+
+_SUGGESTIONS_MAX = 30
+
+
+def _suggest_prompts(self: GaussianAtlasSettings, context: bpy.types.Context, text: str) -> list[str]:
+    """Earlier prompts that hold the text, then what the model knows that completes it."""
+    earlier = [prompt for prompt in history.read(extension.history_file()).prompts if text.lower() in prompt.lower()]
+    try:
+        known = vocabulary.suggestions(text, service.describe(extension.model_folder(context)).vocabulary)
+    except InputError:
+        known = []
+    return list(dict.fromkeys(earlier + known))[:_SUGGESTIONS_MAX]
 
 
 class GaussianAtlasSettings(bpy.types.PropertyGroup):
@@ -18,6 +32,8 @@ class GaussianAtlasSettings(bpy.types.PropertyGroup):
         description="The object to generate, in a few English words",
         default="",
         options={"TEXTEDIT_UPDATE"},
+        search=_suggest_prompts,
+        search_options={"SUGGESTION"},
     )
     negative_prompt: StringProperty(name="Negative Prompt", description="What the object should not be", default="")
     seed: IntProperty(

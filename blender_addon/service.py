@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +25,64 @@ class ModelInfo:
     name: str
     version: str
     sha256: str  # of bundle.json, which in turn lists the sha256 of every other file
-    defaults: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    size: int = 0  # bytes of its files
+    gaussians: int = 0  # in each object
+    vocabulary: tuple[str, ...] = ()  # the objects that it was trained on
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.version}".strip()
 
 
-PipelineFactory = Callable[[Path], Any]
+# factory(folder, device) -> pipeline; device is "auto", "cpu" or "cuda".
+PipelineFactory = Callable[[Path, str], Any]
 
 _lock = threading.RLock()
-_loaded: tuple[Path, Any] | None = None
+_loaded: tuple[Path, str, Any] | None = None
 
 
-def from_bundle(folder: Path) -> Any:
+def from_bundle(folder: Path, device: str) -> Any:
     """The real factory: imports the generator (and with it torch and diffusers) only now."""
     from ..generator import GaussianAtlasPipeline
 
-    return GaussianAtlasPipeline.from_pretrained(folder, allow_download=False)
+    return GaussianAtlasPipeline.from_pretrained(folder, device=device, allow_download=False)
 
 
 _factory: PipelineFactory = from_bundle
 
 
 def set_pipeline_factory(factory: PipelineFactory | None = None) -> None:
-    """Make pipelines by `factory(folder)` from now on; None brings the real one back. Drops the loaded pipeline."""
+    """Make pipelines by `factory(folder, device)` from now on; None brings the real one back. Drops the loaded pipeline."""
     global _factory
     unload()
     _factory = factory or from_bundle
 
 
-def pipeline(folder: Path) -> Any:
-    """The pipeline of a bundle: loaded on first use, kept until another is asked for or `unload`.
+def pipeline(folder: Path, device: str = "auto") -> Any:
+    """The pipeline of a bundle on a device: loaded on first use, kept until another is asked for or `unload`.
 
     Raises:
-        InputError: the bundle is missing or damaged.
+        InputError: the bundle is missing or damaged, or the device is not there.
     """
     global _loaded
     folder = folder.resolve()
     with _lock:
-        if _loaded is None or _loaded[0] != folder:
+        if _loaded is None or _loaded[:2] != (folder, device):
             unload()
             describe(folder)
-            _loaded = (folder, _factory(folder))
-        return _loaded[1]
+            _loaded = (folder, device, _factory(folder, device))
+        return _loaded[2]
 
 
-def is_loaded(folder: Path | None = None) -> bool:
-    """Whether a pipeline (of this bundle) is in memory."""
+def is_loaded(folder: Path | None = None, device: str | None = None) -> bool:
+    """Whether a pipeline (of this bundle, on this device) is in memory."""
     loaded = _loaded
-    return loaded is not None and (folder is None or loaded[0] == folder.resolve())
+    if loaded is None:
+        return False
+    return (folder is None or loaded[0] == folder.resolve()) and (device is None or loaded[1] == device)
 
 
 def unload() -> bool:
@@ -85,22 +100,52 @@ def unload() -> bool:
 
 
 def describe(folder: Path) -> ModelInfo:
-    """Name, version and hash of the bundle in a folder.
+    """What the bundle in a folder says of itself. Read once: panels ask at every redraw.
 
     Raises:
         InputError: there is no readable bundle.json.
     """
     path = folder / "bundle.json"
     try:
-        data = path.read_bytes()
-        bundle = json.loads(data)
-        return ModelInfo(
-            name=str(bundle["name"]),
-            version=str(bundle.get("version", "")),
-            sha256=hashlib.sha256(data).hexdigest(),
-            defaults=dict(bundle.get("defaults") or {}),
-        )
+        stat = path.stat()
+        return _describe(path, stat.st_mtime_ns, stat.st_size)
     except FileNotFoundError:
         raise InputError(f"no model in {folder}: bundle.json is missing; choose a model folder in the preferences") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a readable model description ({type(error).__name__}); install the model again") from error
+
+
+@lru_cache(maxsize=32)
+def _describe(path: Path, changed: int, size: int) -> ModelInfo:
+    data = path.read_bytes()
+    bundle = json.loads(data)
+    return ModelInfo(
+        name=str(bundle["name"]),
+        version=str(bundle.get("version", "")),
+        sha256=hashlib.sha256(data).hexdigest(),
+        defaults=dict(bundle.get("defaults") or {}),
+        licence=str(bundle.get("licence", "")),
+        size=sum(int(entry["size"]) for entry in dict(bundle.get("files") or {}).values()),
+        gaussians=int(dict(bundle.get("atlas") or {}).get("gaussians", 0)),
+        vocabulary=tuple(str(entry) for entry in bundle.get("vocabulary") or ()),
+        metrics=dict(bundle.get("metrics") or {}),
+    )
+
+
+@cache
+def cuda_reason() -> str:
+    """Why CUDA cannot be used here; empty where it may. Looks at files only: importing torch takes seconds."""
+    try:
+        spec = importlib.util.find_spec("torch")
+        version = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8") if spec and spec.origin else ""
+    except (OSError, ValueError, ImportError):
+        version = ""
+    if not version:
+        return "torch is not installed"
+    if re.search(r"^cuda\b.*= None$", version, re.MULTILINE):
+        return "the extension's torch is built for the CPU"
+    if sys.platform == "win32":
+        driver = Path("C:/Windows/System32/nvcuda.dll").exists()
+    else:
+        driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter under WSL
+    return "" if driver else "there is no NVIDIA driver"

@@ -139,9 +139,10 @@ def fake_model(bpy, extension, torus, tmp_path):
     fake = SimpleNamespace(folder=folder, pipeline=FakePipeline(torus), loads=0)
     fake.pipeline.cancelled = extension("generator.errors").Cancelled
 
-    def load(path):
+    def load(path, device):
         assert path == folder.resolve()
         fake.loads += 1
+        fake.device = device
         return fake.pipeline
 
     extension("blender_addon.service").set_pipeline_factory(load)

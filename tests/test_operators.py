@@ -101,11 +101,11 @@ def test_an_error_is_one_line_and_leaves_nothing(bpy, fake_model, extension, pro
     assert not bpy.data.objects and not bpy.data.pointclouds
 
 
-def test_a_missing_model_says_where_and_offers_the_preferences(bpy, fake_model):
+def test_a_missing_model_says_where_and_offers_the_starter(bpy, fake_model):
     (fake_model.folder / "bundle.json").unlink()
     with pytest.raises(RuntimeError, match="bundle.json is missing; choose a model folder"):
         bpy.ops.gaussian_atlas.generate(prompt="a chair")
-    assert status(bpy).fix_operator == "gaussian_atlas.open_preferences"
+    assert status(bpy).fix_operator == "gaussian_atlas.use_starter_model"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"version": "1"}', "\x00"])
@@ -292,7 +292,65 @@ def test_an_error_in_the_thread_reaches_the_panel_with_its_fix(bpy, fake_model, 
     interface.invoke()
     assert interface.until_ended() == {"CANCELLED"}
     assert interface.operator.messages[-1][0] == "ERROR" and "not enough memory" in interface.operator.messages[-1][1]
-    assert status(bpy).fix_operator == "gaussian_atlas.unload_model" and not base.running()
+    assert status(bpy).fix_operator == "gaussian_atlas.use_cpu" and not base.running()
+    bpy.ops.gaussian_atlas.use_cpu()
+    preferences = bpy.context.preferences.addons[base.extension.PACKAGE].preferences
+    assert preferences.device == "cpu" and status(bpy).error == ""
+    fake_model.pipeline.before_step = lambda step: None
+    bpy.ops.gaussian_atlas.generate(steps=1)
+    assert fake_model.device == "cpu", "the model is loaded again where it was asked for"
+    preferences.device = "auto"
+
+
+@pytest.mark.parametrize(
+    ("error", "starter", "operator"),
+    [
+        (MemoryError(), True, "unload_model"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True, "unload_model"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), True, "open_preferences"),
+        ("device cuda is not available: this torch sees no CUDA device; use auto or cpu", True, "use_cpu"),
+        ("/models/x/unet.safetensors was altered or is damaged; get the model again", False, "use_starter_model"),
+        ("/models/x/unet.safetensors was altered or is damaged; get the model again", True, "open_preferences"),
+        ("guidance must be a number of at least 0, got -1", True, ""),
+    ],
+)
+def test_every_error_that_can_be_mended_offers_it(bpy, extension, error, starter, operator):
+    if isinstance(error, str):
+        error = extension("generator.errors").InputError(error)
+    problem = extension("blender_addon.problems").explain(error, starter)
+    assert problem.operator == (f"gaussian_atlas.{operator}" if operator else "") and bool(problem.label) is bool(operator)
+    assert len(problem.message.splitlines()) == 1
+    if operator:
+        assert operator in dir(bpy.ops.gaussian_atlas)
+
+
+def test_what_was_generated_in_the_window_is_remembered(bpy, fake_model, interface, extension):
+    history, path = extension("blender_addon.history"), extension("blender_addon.extension").history_file()
+    bpy.ops.gaussian_atlas.clear_prompts()
+    settings = bpy.context.scene.gaussian_atlas
+    settings.prompt, settings.steps = "  a   blue vase ", 4
+    interface.invoke()
+    interface.until_ended()
+    stored = history.read(path)
+    assert stored.prompts == ("a blue vase",)
+    speed = stored.speeds[history.speed_key(extension("blender_addon.service").describe(fake_model.folder).sha256, "auto")]
+    assert speed.step > 0
+    preferences = bpy.context.preferences.addons[extension("blender_addon.extension").PACKAGE].preferences
+    preferences.remember_prompts = False
+    settings.prompt = "a secret"
+    interface.invoke()
+    interface.until_ended()
+    preferences.remember_prompts = True
+    bpy.ops.gaussian_atlas.generate(prompt="from a script", steps=1)
+    assert history.read(path).prompts == ("a blue vase",)
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_generating(bpy, fake_model, interface, extension, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(extension("blender_addon.extension"), "history_file", lambda: tmp_path / "file" / "history.json")
+    bpy.context.scene.gaussian_atlas.prompt = "a chair"
+    interface.invoke()
+    assert interface.until_ended() == {"FINISHED"}
 
 
 def test_bad_settings_are_told_before_any_thread_starts(bpy, fake_model, interface, base):

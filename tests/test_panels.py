@@ -20,7 +20,14 @@ class Layout:
         assert icon in self.bpy.types.UILayout.bl_rna.functions["label"].parameters["icon"].enum_items
         self.drawn.append(("label", text))
 
-    def prop(self, data, name, text=None, icon="NONE", placeholder=""):
+    def separator(self):
+        pass
+
+    def menu(self, idname, text="", icon="NONE"):
+        assert hasattr(self.bpy.types, idname)
+        self.drawn.append(("menu", idname))
+
+    def prop(self, data, name, text=None, icon="NONE", placeholder="", invert_checkbox=False):
         if name.startswith('["'):
             assert name[2:-2] in data.keys(), name
         else:
@@ -30,7 +37,7 @@ class Layout:
     def progress(self, text="", factor=0.0):
         self.drawn.append(("progress", (text, round(factor, 3))))
 
-    def operator(self, idname, text="", icon="NONE"):
+    def operator(self, idname, text="", icon="NONE", translate=True):
         group, _, name = idname.partition(".")
         assert name in dir(getattr(self.bpy.ops, group)), idname
         self.drawn.append(("operator", idname))
@@ -74,7 +81,62 @@ def test_error_is_drawn_with_its_fix(bpy, extension, fake_model):
         bpy.ops.gaussian_atlas.generate(prompt="a chair")
     drawn = draw(bpy, extension, "GeneratePanel")
     assert "bundle.json is missing" in " ".join(text for kind, text in drawn if kind == "label")
-    assert ("operator", "gaussian_atlas.open_preferences") in drawn
+    assert ("operator", "gaussian_atlas.use_starter_model") in drawn
+    assert bpy.ops.gaussian_atlas.use_starter_model() == {"FINISHED"}
+    assert status(bpy).error == "" and ("operator", "gaussian_atlas.use_starter_model") not in draw(bpy, extension, "GeneratePanel")
+
+
+def test_an_empty_prompt_is_mended_by_an_example(bpy, extension, fake_model):
+    with pytest.raises(RuntimeError, match="prompt is empty"):
+        bpy.ops.gaussian_atlas.generate(prompt="")
+    assert ("operator", "gaussian_atlas.example_prompt") in draw(bpy, extension, "GeneratePanel")
+    bpy.ops.gaussian_atlas.example_prompt()
+    assert bpy.context.scene.gaussian_atlas.prompt and status(bpy).error == ""
+    assert bpy.ops.gaussian_atlas.generate(steps=1) == {"FINISHED"}
+
+
+def test_words_that_the_model_does_not_know_are_told_and_no_obstacle(bpy, extension, fake_model):
+    (fake_model.folder / "bundle.json").write_text('{"name": "fake", "version": "2", "vocabulary": ["armchair", "sofa bed"]}')
+    settings = bpy.context.scene.gaussian_atlas
+    for prompt, told in (("a red armchair", False), ("two armchairs", False), ("a red armchiar", True), ("a sofa", True)):
+        settings.prompt = prompt
+        text = " ".join(text for kind, text in draw(bpy, extension, "GeneratePanel") if kind == "label")
+        assert ("not trained" in text) is told, prompt
+    assert "sofa bed" in text
+    assert bpy.ops.gaussian_atlas.generate(steps=1) == {"FINISHED"}
+
+
+def test_the_time_is_estimated_from_earlier_runs(bpy, extension, fake_model):
+    history = extension("blender_addon.history")
+    (fake_model.folder / "bundle.json").write_text('{"name": "never seen before"}')
+    settings = bpy.context.scene.gaussian_atlas
+    labels = [text for kind, text in draw(bpy, extension, "GeneratePanel") if kind == "label"]
+    assert not any(text.startswith("Takes") for text in labels), "nothing is known yet"
+    info = extension("blender_addon.service").describe(fake_model.folder)
+    key = history.speed_key(info.sha256, "auto")
+    history.add_speed(extension("blender_addon.extension").history_file(), key, 10, True, {"load": 8.0, "sample": 4.0})
+    settings.steps, settings.count, settings.guidance = 20, 3, 3.5
+    assert ("label", "Takes about 32 s") in draw(bpy, extension, "GeneratePanel"), "8 s to load, 3 x 20 steps of 0.4 s"
+    settings.guidance = 1.0
+    assert ("label", "Takes about 20 s") in draw(bpy, extension, "GeneratePanel"), "without guidance half the work"
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", steps=1)
+    assert ("label", "Takes about 12 s") in draw(bpy, extension, "GeneratePanel"), "the model is in memory now"
+
+
+def test_earlier_prompts_are_offered(bpy, extension, fake_model):
+    history, path = extension("blender_addon.history"), extension("blender_addon.extension").history_file()
+    bpy.ops.gaussian_atlas.clear_prompts()
+    assert ("label", "None yet") in draw(bpy, extension, "PromptsMenu")
+    for prompt in ("a lamp", "a red armchair"):
+        history.add_prompt(path, prompt)
+    assert draw(bpy, extension, "PromptsMenu").count(("operator", "gaussian_atlas.use_prompt")) == 2
+    bpy.ops.gaussian_atlas.use_prompt(prompt="a lamp")
+    settings = bpy.context.scene.gaussian_atlas
+    assert settings.prompt == "a lamp"
+    (fake_model.folder / "bundle.json").write_text('{"name": "fake", "vocabulary": ["armchair", "lamp", "red lamp post"]}')
+    suggest = extension("blender_addon.properties")._suggest_prompts
+    assert suggest(settings, bpy.context, "LAMP") == ["a lamp", "lamp", "red lamp post"]
+    assert suggest(settings, bpy.context, "") == ["a red armchair", "a lamp"]
 
 
 def test_object_panel_shows_where_an_object_came_from(bpy, extension, fake_model, torus):
@@ -97,6 +159,16 @@ def test_render_panel_names_every_change(bpy, extension):
     assert ("label", "The settings fit splats") in drawn and ("operator", "gaussian_atlas.render_settings") in drawn
 
 
+def test_the_models_card(bpy, extension, fake_model):
+    (fake_model.folder / "bundle.json").write_text(
+        '{"name": "fake", "version": "3", "licence": "CC0-1.0", "atlas": {"gaussians": 4096}, "vocabulary": ["cup", "pot"],'
+        ' "metrics": {"fit_psnr_mean": 32.05}, "files": {"a": {"size": 33000000}, "b": {"size": 1000000}}}'
+    )
+    text = " ".join(text for kind, text in draw(bpy, extension, "ModelPanel") if kind == "label")
+    for fact in ("fake 3", "CC0-1.0", "34 MB", "4,096 Gaussians", "Knows 2 objects", "cup", "Fit psnr mean: 32.05"):
+        assert fact in text, fact
+
+
 def test_model_panel_and_preferences(bpy, extension, fake_model):
     drawn = draw(bpy, extension, "ModelPanel")
     assert ("label", "fake 1.2") in drawn and ("operator", "gaussian_atlas.unload_model") not in drawn
@@ -104,6 +176,6 @@ def test_model_panel_and_preferences(bpy, extension, fake_model):
     assert ("operator", "gaussian_atlas.unload_model") in draw(bpy, extension, "ModelPanel")
     layout = Layout(bpy)
     preferences = bpy.context.preferences.addons[extension("blender_addon.extension").PACKAGE].preferences
-    stand = SimpleNamespace(layout=layout, model_path=preferences.model_path, bl_rna=preferences.bl_rna)
+    stand = SimpleNamespace(layout=layout, model_path=preferences.model_path, device="cuda", bl_rna=preferences.bl_rna)
     extension("blender_addon.preferences").GaussianAtlasPreferences.draw(stand, bpy.context)
     assert ("label", "fake 1.2") in layout.drawn

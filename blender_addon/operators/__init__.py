@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import base, files, generate, model, render_settings
+from . import base, files, generate, model, prompts, render_settings
 
-CLASSES = (*base.CLASSES, *generate.CLASSES, *files.CLASSES, *model.CLASSES, *render_settings.CLASSES)
+CLASSES = (*base.CLASSES, *generate.CLASSES, *files.CLASSES, *model.CLASSES, *prompts.CLASSES, *render_settings.CLASSES)

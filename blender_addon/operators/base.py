@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import bpy
 
-from .. import problems
+from .. import extension, problems
 from ..job import Job, State
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class JobOperator:
         hide_progress(context)
 
     def _fail(self, context: bpy.types.Context, error: BaseException) -> set[str]:
-        problem = problems.explain(error)
+        problem = problems.explain(error, starter=extension.model_folder(context) == extension.STARTER_MODEL)
         status = context.window_manager.gaussian_atlas
         status.error, status.fix_operator, status.fix_label = problem.message, problem.operator, problem.label
         self.report({"ERROR"}, problem.message)

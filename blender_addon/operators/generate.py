@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING
 import bpy
 from bpy.props import FloatProperty, IntProperty, StringProperty
 
-from .. import extension, generation, overlay, properties, splat_object
+from ...generator.errors import InputError
+from .. import extension, generation, history, overlay, properties, splat_object
 from ..generation import SEED_MAX, Request
 from .base import JobOperator
 
 if TYPE_CHECKING:
     from ..generation import Generated
     from ..job import Progress, Work
+
+log = logging.getLogger(__name__)
 
 # Generated objects stand in a grid, a little more than their longest side (1) apart.
 SPACING = 1.25
@@ -74,6 +78,7 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
 
     # Without annotations: Blender evaluates every one of an operator's.
     _done = ()  # the run's objects so far, as Generated
+    _request = None  # what runs, where it runs in a thread: what it teaches is kept
     _origin = (0.0, 0.0, 0.0)  # the 3D cursor when it began
 
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
@@ -92,8 +97,11 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
             guidance=float(f"{self.guidance:.7g}"),
             count=self.count,
             model=extension.model_folder(context),
+            device=extension.device(context),
         )
-        self._done = []
+        self._done, self._request = [], request if interactive else None
+        if interactive and context.preferences.addons[extension.PACKAGE].preferences.remember_prompts:
+            _remember(history.add_prompt, request.prompt)
         self._origin = tuple(context.scene.cursor.location)
         return partial(generation.generate, request, look=interactive)
 
@@ -117,12 +125,28 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
         for object in place(context, results, grid_offsets(self.count), self._origin):
             names.append(object.name)
             yield {"PASS_THROUGH"}
+        if self._request:
+            for result in results:
+                key = history.speed_key(result.provenance.model_hash, self._request.device)
+                _remember(history.add_speed, key, self._request.steps, self._request.guidance > 1, result.seconds)
         # By name: between two of them the user may have undone or deleted the first.
         select(context, [bpy.data.objects[name] for name in names if name in bpy.data.objects])
         count = sum(len(result.gaussians) for result in results)
         seconds = sum(sum(result.seconds.values()) for result in results)
         self.report({"INFO"}, f"Generated {', '.join(names)}: {count:,} Gaussians in {seconds:.1f} s")
         yield {"FINISHED"}
+
+
+class RandomSeedOperator(bpy.types.Operator):
+    """Draw a new seed"""
+
+    bl_idname = "gaussian_atlas.random_seed"
+    bl_label = "New Seed"
+    bl_options = {"INTERNAL", "UNDO"}
+
+    def execute(self, context: bpy.types.Context) -> set[str]:
+        context.scene.gaussian_atlas.seed = random.randint(0, SEED_MAX)
+        return {"FINISHED"}
 
 
 class RegenerateOperator(bpy.types.Operator):
@@ -157,4 +181,12 @@ class RegenerateOperator(bpy.types.Operator):
         return arguments | {"count": 1}
 
 
-CLASSES = (GenerateOperator, RegenerateOperator)
+def _remember(change: Callable[..., None], *arguments: object) -> None:
+    """Write to the history; that it cannot be written is no reason not to generate."""
+    try:
+        change(extension.history_file(), *arguments)
+    except InputError as error:
+        log.warning("%s", error)
+
+
+CLASSES = (GenerateOperator, RandomSeedOperator, RegenerateOperator)
