@@ -27,8 +27,6 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
     count = len(gaussians)
     if count == 0:
         raise InputError(f"{name}: there are no Gaussians to make an object of")
-    if not bool(gaussians.finite().all()):
-        raise InputError(f"{name}: {int((~gaussians.finite()).sum())} of {count} Gaussians hold numbers that are not finite")
     host = gaussians.to("cpu")
     radiance = np.concatenate([(host.colors.numpy() - 0.5) / layout.SH_C0, host.opacities.numpy()[:, None]], axis=1)
     values = {
@@ -37,6 +35,8 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
         layout.ROTATION: host.quaternions.numpy(),
         layout.RADIANCE: radiance,
     }
+    if not all(np.isfinite(value).all() for value in values.values()):
+        raise InputError(f"{name}: {int((~gaussians.finite()).sum())} of {count} Gaussians hold numbers that are not finite")
     cloud = _new_cloud(name, count)
     layout.fill(cloud, values)
     object = bpy.data.objects.new(name, cloud)
