@@ -34,6 +34,10 @@ class Layout:
             assert name in data.bl_rna.properties, name
         self.drawn.append(("prop", name))
 
+    def prop_search(self, data, name, search_data, search_name, text=None):
+        assert search_name in search_data.bl_rna.properties
+        self.prop(data, name, text)
+
     def progress(self, text="", factor=0.0):
         self.drawn.append(("progress", (text, round(factor, 3))))
 
@@ -149,6 +153,17 @@ def test_object_panel_shows_where_an_object_came_from(bpy, extension, fake_model
     bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(torus(5))
     drawn = draw(bpy, extension, "ObjectPanel")
     assert ("operator", "gaussian_atlas.regenerate") not in drawn and ("operator", "gaussian_atlas.export_splats") in drawn
+
+
+def test_display_panel_shows_every_input(bpy, extension, torus):
+    assert draw(bpy, extension, "DisplayPanel") is None
+    object = extension("blender_addon.splat_object").write(torus(5))
+    bpy.context.view_layer.objects.active = object
+    inputs = extension("blender_addon.splat_object.inputs")
+    modifier = extension("blender_addon.splat_object.node_group").modifier_of(object)
+    drawn = draw(bpy, extension, "DisplayPanel")
+    assert [name for kind, name in drawn if kind == "prop"] == [inputs.place(modifier, name)[1] for name in inputs.names(modifier)]
+    assert ("operator", "gaussian_atlas.add_crop_box") in drawn
 
 
 def test_render_panel_names_every_change(bpy, extension):

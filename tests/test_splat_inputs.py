@@ -218,3 +218,33 @@ def test_two_objects_have_their_own_values(bpy, ring, inputs, extension, torus):
     other = extension("blender_addon.splat_object").write(torus(100), "other")
     inputs.set_value(modifier, inputs.OPACITY_THRESHOLD, 1.0)
     assert len(shown(bpy, object)) == 0 and len(shown(bpy, other)) == 100
+
+
+def test_crop_box_is_added_round_the_object(bpy, ring, inputs):
+    object, modifier = ring
+    object.location, object.scale = (3.0, 1.0, 0.0), (1.0, 2.0, 1.0)
+    bpy.context.view_layer.objects.active = object
+    bpy.context.view_layer.update()
+    assert bpy.ops.gaussian_atlas.add_crop_box() == {"FINISHED"}
+    box = bpy.context.active_object
+    assert box.parent == object and box.empty_display_type == "CUBE" and box.select_get() and not object.select_get()
+    assert inputs.get_value(modifier, inputs.CROP_BOX) == box and inputs.get_value(modifier, inputs.CROP) is True
+    assert len(shown(bpy, object)) == 400, "nothing is lost before the box is moved"
+    box.location.x += box.scale.x
+    bpy.context.view_layer.update()
+    right = shown(bpy, object)
+    assert 100 < len(right) < 300 and (right[:, 0] > 2.99).all()
+    object.location.x += 5  # the box goes with its object
+    bpy.context.view_layer.update()
+    assert len(shown(bpy, object)) == len(right)
+    assert not bpy.ops.gaussian_atlas.add_crop_box.poll(), "an empty has nothing to crop"
+
+
+def test_many_splats_are_points_in_the_viewport_only(bpy, ring, inputs, extension, torus, monkeypatch):
+    module = extension("blender_addon.splat_object.object")
+    monkeypatch.setattr(module, "POINTS_ABOVE", 99)
+    displays = []
+    for count in (99, 100):
+        modifier = extension("blender_addon.splat_object.node_group").modifier_of(module.write(torus(count)))
+        displays.append([inputs.get_value(modifier, name) for name in (inputs.VIEWPORT_DISPLAY, inputs.RENDER_DISPLAY)])
+    assert displays == [[inputs.ELLIPSOIDS, inputs.CAMERA_QUADS], [inputs.POINTS, inputs.CAMERA_QUADS]]

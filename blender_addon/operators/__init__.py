@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from . import base, files, generate, model, prompts, render_settings
+from . import base, files, generate, model, prompts, render_settings, splat_object
 
-CLASSES = (*base.CLASSES, *generate.CLASSES, *files.CLASSES, *model.CLASSES, *prompts.CLASSES, *render_settings.CLASSES)
+_MODULES = (base, generate, files, model, prompts, render_settings, splat_object)
+CLASSES = tuple(cls for module in _MODULES for cls in module.CLASSES)

@@ -32,12 +32,38 @@ class ObjectPanel(SidebarPanel, bpy.types.Panel):
             layout.operator("gaussian_atlas.regenerate", icon="FILE_REFRESH")
         elif object.gaussian_atlas.file:
             layout.label(text=object.gaussian_atlas.file, icon="FILE")
-        modifier = node_group.modifier_of(object)
-        if modifier:
-            column = layout.column(align=True)
-            column.prop(*inputs.place(modifier, inputs.SPLAT_SIZE), text=inputs.SPLAT_SIZE)
-            column.prop(*inputs.place(modifier, inputs.BLEND_IN_DISPLAY_SPACE), text="Blend in Display Space (Raw View)")
         layout.operator("gaussian_atlas.export_splats", icon="EXPORT")
 
 
-CLASSES = (ObjectPanel,)
+class DisplayPanel(SidebarPanel, bpy.types.Panel):
+    """Every input of the object's modifier, as it is grouped there."""
+
+    bl_idname = "GAUSSIAN_ATLAS_PT_display"
+    bl_label = "Display"
+    bl_parent_id = "GAUSSIAN_ATLAS_PT_object"
+    bl_options = {"DEFAULT_CLOSED"}
+
+    @classmethod
+    def poll(cls, context: bpy.types.Context) -> bool:
+        object = context.active_object
+        return splat_object.is_splats(object) and node_group.modifier_of(object) is not None
+
+    def draw(self, context: bpy.types.Context) -> None:
+        modifier = node_group.modifier_of(context.active_object)
+        columns = {}
+        for entry in inputs.TABLE:
+            if not inputs.has(modifier, entry.name):
+                continue
+            if entry.panel not in columns:
+                columns[entry.panel] = self.layout.column(align=True)
+                columns[entry.panel].label(text=entry.panel)
+            column, (owner, place) = columns[entry.panel], inputs.place(modifier, entry.name)
+            if entry.name == inputs.CROP_BOX:
+                row = column.row(align=True)
+                row.prop_search(owner, place, bpy.data, "objects", text=entry.name)
+                row.operator("gaussian_atlas.add_crop_box", text="", icon="ADD")
+            else:
+                column.prop(owner, place, text=entry.name)
+
+
+CLASSES = (ObjectPanel, DisplayPanel)

@@ -8,7 +8,10 @@ import bpy
 import numpy as np
 
 from ...generator.errors import InputError
-from . import layout, node_group
+from . import inputs, layout, node_group
+
+# Every redraw goes through all instances, 1 s for a million of them; points are one thing to draw.
+POINTS_ABOVE = 200_000
 
 if TYPE_CHECKING:
     from ...generator.gaussians import Gaussians
@@ -19,7 +22,7 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
 
     Selection, mode and active object stay as they are. On Blender 5.3 and later the object is a native splat point
     cloud; before, geometry nodes and a material draw the same attributes. Either way a modifier holds the inputs that
-    `inputs.TABLE` lists.
+    `inputs.TABLE` lists. More than POINTS_ABOVE splats are points in the viewport to begin with.
 
     Raises:
         InputError: there are no Gaussians, or a number is not finite.
@@ -44,6 +47,8 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
     if layout.native():
         layout.make_native(cloud)
     node_group.attach(object)
+    if count > POINTS_ABOVE:
+        node_group.set_input(object, inputs.VIEWPORT_DISPLAY, inputs.POINTS)
     return object
 
 
