@@ -1,6 +1,8 @@
 """The scene settings that splats need: what they are, which differ, set them, put the old ones back.
 
-Nothing here is called on its own: a person presses the button, or asks for a batch whose scene is made for it.
+Nothing here is called on its own: a person presses the button, or asks for a batch whose scene is made for it. Both
+engines need the view transform; Cycles, on a processor or a GPU, needs the bounces; EEVEE needs nothing else, since the
+splats' materials ask for its sorted blending themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +15,13 @@ import bpy
 
 # Rays pass through many translucent splats. Blender's default of 8 leaves holes; below `min` Cycles drops rays at random.
 TRANSPARENT_BOUNCES = 256
+# By path from the scene, as the user interface names them.
+_LABELS = {
+    "view_settings.view_transform": "View transform",
+    "view_settings.look": "Look",
+    "cycles.transparent_max_bounces": "Transparent bounces",
+    "cycles.min_transparent_bounces": "Minimum transparent bounces",
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +39,13 @@ class Change:
 
 def changes(scene: bpy.types.Scene) -> list[Change]:
     """What `apply` would change; empty where all is well."""
-    needed = [("view_settings.view_transform", "View transform", "Standard", scene.view_settings.view_transform in ("Standard", "Raw"))]
+    is_plain = scene.view_settings.view_transform in ("Standard", "Raw")
+    needed = [("view_settings.view_transform", _LABELS["view_settings.view_transform"], "Standard", is_plain)]
+    if not is_plain:  # a look belongs to its view transform: Blender drops it with that
+        needed.append(("view_settings.look", _LABELS["view_settings.look"], "None", scene.view_settings.look == "None"))
     if hasattr(scene, "cycles"):  # the Cycles add-on may be disabled
-        for name, label in (("transparent_max_bounces", "Transparent bounces"), ("min_transparent_bounces", "Minimum transparent bounces")):
-            needed.append((f"cycles.{name}", label, TRANSPARENT_BOUNCES, getattr(scene.cycles, name) >= TRANSPARENT_BOUNCES))
+        for path in ("cycles.transparent_max_bounces", "cycles.min_transparent_bounces"):
+            needed.append((path, _LABELS[path], TRANSPARENT_BOUNCES, _get(scene, path) >= TRANSPARENT_BOUNCES))
     return [Change(path, label, _get(scene, path), new) for path, label, new, fine in needed if not fine]
 
 
@@ -51,10 +63,9 @@ def apply(scene: bpy.types.Scene) -> list[Change]:
 
 def restore(scene: bpy.types.Scene) -> list[Change]:
     """Put the remembered values back. Returns what was changed."""
-    labels = {"view_settings.view_transform": "View transform"}
     done = []
-    for path, value in stored_values(scene).items():
-        done.append(Change(path, labels.get(path, path.rpartition(".")[2].replace("_", " ").capitalize()), _get(scene, path), value))
+    for path, value in stored_values(scene).items():  # the view transform comes before its look
+        done.append(Change(path, _LABELS[path], _get(scene, path), value))
         _set(scene, path, value)
     scene.gaussian_atlas.stored_render_settings = ""
     return done

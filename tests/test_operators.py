@@ -709,6 +709,28 @@ def test_render_settings_are_set_said_and_put_back(bpy, extension):
     assert settings.stored_values(scene) == {}
 
 
+def test_the_look_of_a_view_transform_is_said_and_put_back(bpy, extension):
+    scene = bpy.context.scene
+    scene.view_settings.look = "AgX - Punchy"
+    said = [str(change) for change in extension("blender_addon.render_settings").changes(scene)]
+    assert "Look: AgX - Punchy to None" in said
+    bpy.ops.gaussian_atlas.render_settings()
+    assert scene.view_settings.look == "None"
+    bpy.ops.gaussian_atlas.render_settings(restore=True)
+    assert (scene.view_settings.view_transform, scene.view_settings.look) == ("AgX", "AgX - Punchy")
+
+
+def test_every_stored_setting_comes_back_after_saving(bpy, extension, tmp_path):
+    scene, settings = bpy.context.scene, extension("blender_addon.render_settings")
+    scene.cycles.transparent_max_bounces = 12
+    bpy.ops.gaussian_atlas.render_settings()
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "adapted.blend"))
+    bpy.ops.wm.open_mainfile(filepath=str(tmp_path / "adapted.blend"))
+    scene = bpy.context.scene
+    said = [str(change) for change in settings.restore(scene)]
+    assert "Transparent bounces: 256 to 12" in said and scene.cycles.transparent_max_bounces == 12
+
+
 def test_settings_that_already_fit_are_left_alone(bpy, extension):
     scene = bpy.context.scene
     scene.view_settings.view_transform = "Raw"

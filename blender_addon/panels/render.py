@@ -24,6 +24,8 @@ class RenderPanel(SidebarPanel, bpy.types.Panel):
             layout.operator("gaussian_atlas.render_settings").restore = False
         else:
             layout.label(text="The settings fit splats", icon="CHECKMARK")
+        if context.scene.render.engine == "BLENDER_WORKBENCH":
+            layout.label(text="Workbench shows splats without colours", icon="INFO")
         if render_settings.stored_values(context.scene):
             layout.operator("gaussian_atlas.render_settings", text="Put Settings Back", icon="LOOP_BACK").restore = True
 
