@@ -139,6 +139,7 @@ def _make(request: Request, out: Path, files: dict[str, str], seconds: dict[str,
     """Generate one object and write its files; fills `seconds` per stage and returns the number of Gaussians."""
     from ..generator import formats
     from . import preview, properties, splat_object
+    from .splat_object import cells
 
     result: Generated = generation.generate(request, _no_report, threading.Event())[0]
     seconds.update({stage: round(value, 3) for stage, value in result.seconds.items()})
@@ -148,6 +149,7 @@ def _make(request: Request, out: Path, files: dict[str, str], seconds: dict[str,
         scene = preview.empty_scene()
         object = splat_object.write(result.gaussians, request.prompt[:50])
         properties.store_provenance(object, result.provenance)
+        cells.number(object)
         preview.look_at(scene, object, options.size, options.samples, exact=options.exact)
     if "png" in files:
         with _timed(seconds, "render"), _quiet():
@@ -202,6 +204,8 @@ def _request(prompt: str, model: Path, options: argparse.Namespace) -> Request:
         steps=options.steps,
         guidance=options.guidance,
         count=options.count,
+        mix_prompt=options.mix,
+        mix_weight=options.mix_weight,
     )
 
 
@@ -238,7 +242,7 @@ def _output_folder(path: Path) -> Path:
 def _identity(request: Request, model_hash: str) -> dict:
     """What has to be the same for a result to be the same."""
     identity = asdict(request)
-    del identity["model"], identity["count"], identity["device"]
+    del identity["model"], identity["count"], identity["device"], identity["edit"]
     return identity | {"model_hash": model_hash}
 
 
@@ -255,6 +259,8 @@ def _finished(out: Path) -> dict[str, dict]:
         try:
             record = json.loads(line)
             identity = {key: record[key] for key in ("prompt", "negative_prompt", "seed", "steps", "guidance", "model_hash")}
+            # What earlier versions did not write.
+            identity |= {"mix_prompt": record.get("mix_prompt", ""), "mix_weight": record.get("mix_weight", 0.5)}
             finished.pop(record["name"], None)
             if record["status"] == "done":
                 finished[record["name"]] = identity
@@ -307,6 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--prompt", help="the object to generate")
     which.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line; # begins a comment line")
     command.add_argument("--negative", default="", metavar="PROMPT", help="what the objects should not be")
+    command.add_argument("--mix", default="", metavar="PROMPT", help="a second prompt to mix into each")
+    command.add_argument("--mix-weight", type=float, default=0.5, metavar="W", help="of the second prompt, 0 to 1 (default: 0.5)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first object of each prompt (default: 0)")
     command.add_argument("--count", type=int, default=1, help="objects a prompt, with consecutive seeds (default: 1)")
     command.add_argument("--steps", type=int, default=20, help="solver steps (default: 20)")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..generator.errors import Cancelled, InputError
-from . import extension, service
+from . import edits, extension, service
 from .job import Report
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Request:
     guidance: float = 3.5  # classifier-free guidance, at least 0; 1 is without
     count: int = 1
     device: str = "auto"  # "auto", "cpu" or "cuda"
+    mix_prompt: str = ""  # a second prompt to mix in
+    mix_weight: float = 0.5  # of the second prompt, 0..1
+    edit: edits.Edit | None = None  # start from an object instead of noise alone
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -52,6 +55,8 @@ class Request:
             raise InputError(f"guidance must be a number of at least 0, got {self.guidance}")
         if self.count < 1:
             raise InputError(f"count must be at least 1, got {self.count}")
+        if not 0 <= self.mix_weight <= 1:
+            raise InputError(f"mix_weight must be between 0 and 1, got {self.mix_weight}")
 
     def each(self) -> list[Request]:
         """One request of count 1 for every object."""
@@ -70,6 +75,11 @@ class Provenance:
     model_name: str
     model_hash: str  # sha256 of the model's bundle.json
     program_version: str
+    mix_prompt: str = ""
+    mix_weight: float = 0.5
+    layout_id: str = ""  # of the atlas that the object's cells belong to; empty where they are not known
+    low_pass: float = 0.0  # standard deviation that its Gaussians were widened by, object units
+    edit: str = ""  # the edit that made it, as JSON (edits.Edit)
 
     def as_metadata(self) -> dict:
         """As the generator's files carry it."""
@@ -142,6 +152,13 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
     load_seconds = time.perf_counter() - started
     results = []
     requests = request.each()
+    extra = {"mix_prompt": request.mix_prompt, "mix_weight": request.mix_weight} if request.mix_prompt.strip() else {}
+    if request.edit:
+
+        def again(source: dict) -> Gaussians:
+            return generate(_request_of(source, request), report, cancel)[0].gaussians
+
+        extra |= request.edit.arguments(pipe, again)
     for index, one in enumerate(requests):
         if cancel.is_set():
             raise Cancelled("generation was cancelled")
@@ -157,6 +174,7 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
             num_samples_per_prompt=1,
             callback=Watcher(report, stage, index, look),
             cancel=cancel,
+            **extra,
         )
         provenance = Provenance(
             prompt=one.prompt,
@@ -167,9 +185,39 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
             model_name=info.name,
             model_hash=info.sha256,
             program_version=extension.version(),
+            mix_prompt=one.mix_prompt,
+            mix_weight=one.mix_weight,
+            layout_id=pipe.layout.id,
+            low_pass=pipe.low_pass,
+            edit=one.edit.to_json() if one.edit else "",
         )
         seconds = {"load": load_seconds if index == 0 else 0.0, "sample": time.perf_counter() - started}
         results.append(Generated(out.gaussians[0], provenance, seconds))
         if look:
             report(stage, one.steps, one.steps, Preview.of(out.gaussians[0], index, results[-1]))
     return results
+
+
+def _request_of(source: dict, edited: Request) -> Request:
+    """The request that makes the object of a provenance again, with the model and device of the request that edits it.
+
+    Raises:
+        InputError: the provenance is not complete.
+    """
+    try:
+        return Request(
+            prompt=str(source["prompt"]),
+            model=edited.model,
+            device=edited.device,
+            negative_prompt=str(source["negative_prompt"]),
+            seed=int(source["seed"]),
+            steps=int(source["steps"]),
+            guidance=float(source["guidance"]),
+            mix_prompt=str(source.get("mix_prompt", "")),
+            mix_weight=float(source.get("mix_weight", 0.5)),
+            edit=edits.Edit.from_json(source["edit"]) if source.get("edit") else None,
+        )
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the record of the object that was edited is not complete ({type(error).__name__})") from error

@@ -52,6 +52,31 @@ class GaussianAtlasSettings(bpy.types.PropertyGroup):
         name="Guidance", description="How strongly the prompt steers; 1 is without guidance", default=3.5, min=0.0, max=30.0, soft_max=10.0
     )
     count: IntProperty(name="Count", description="Objects to generate, with consecutive seeds", default=1, min=1, max=1000, soft_max=8)
+    mix_prompt: StringProperty(
+        name="Mix With", description="A second prompt: the object comes to lie between both. Empty for none", default=""
+    )
+    mix_weight: FloatProperty(
+        name="Weight",
+        description="Of the second prompt: 0 is the first alone, 1 the second",
+        default=0.5,
+        min=0.0,
+        max=1.0,
+        subtype="FACTOR",
+    )
+    edit_strength: FloatProperty(
+        name="Strength",
+        description="How far variations go: 0 is the object itself, 1 a new one",
+        default=0.5,
+        min=0.0,
+        max=1.0,
+        subtype="FACTOR",
+    )
+    edit_prompt: StringProperty(
+        name="Edit Prompt", description="What variations and regenerated splats should be; empty for the object's own prompt", default=""
+    )
+    edit_count: IntProperty(
+        name="Variations", description="Variations to make, with consecutive seeds", default=3, min=1, max=1000, soft_max=8
+    )
     stored_render_settings: StringProperty(
         options={"HIDDEN"}, description="Render settings from before they were adapted to splats, as JSON"
     )
@@ -68,6 +93,11 @@ class GaussianAtlasObject(bpy.types.PropertyGroup):
     model_name: StringProperty(name="Model")
     model_hash: StringProperty(name="Model Hash", description="sha256 of the model's bundle.json")
     program_version: StringProperty(name="Program Version")
+    mix_prompt: StringProperty(name="Mixed With", description="The second prompt of a mix")
+    mix_weight: FloatProperty(name="Mix Weight", default=0.5)
+    layout_id: StringProperty(name="Layout", description="Id of the atlas layout that the splats' cells belong to")
+    low_pass: FloatProperty(name="Low Pass", description="Standard deviation that the splats were widened by", precision=6)
+    edit: StringProperty(name="Edit", description="The edit that made the object, as JSON")
     file: StringProperty(name="File", description="The file that the splats were imported from")
 
 
@@ -93,7 +123,9 @@ def stored_provenance(object: bpy.types.Object) -> Provenance | None:
     stored = object.gaussian_atlas
     if not stored.prompt:
         return None
-    return Provenance(**{field.name: getattr(stored, field.name) for field in fields(Provenance)})
+    found = {field.name: getattr(stored, field.name) for field in fields(Provenance)}
+    # Blender keeps single precision: 3.7 would come back as 3.700000047683716.
+    return Provenance(**{name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()})
 
 
 def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
@@ -108,6 +140,12 @@ def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
             model_name=str(metadata["model_name"]),
             model_hash=str(metadata["model_hash"]),
             program_version=str(metadata["program_version"]),
+            # What earlier versions did not write.
+            mix_prompt=str(metadata.get("mix_prompt", "")),
+            mix_weight=float(metadata.get("mix_weight", 0.5)),
+            layout_id=str(metadata.get("layout_id", "")),
+            low_pass=float(metadata.get("low_pass", 0.0)),
+            edit=str(metadata.get("edit", "")),
         )
     except (KeyError, TypeError, ValueError):
         return None

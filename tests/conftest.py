@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,11 +112,10 @@ class FakePipeline:
     def __init__(self, torus):
         self.torus = torus
         self.calls = []
+        self.layout, self.low_pass = SimpleNamespace(id="fake", count=196, size=14), 0.0
         self.before_step = lambda step: None  # a test may wait, cancel or raise here
 
     def __call__(self, prompt, *, seed, num_inference_steps, callback, cancel, **others):
-        from types import SimpleNamespace
-
         self.calls.append({"prompt": prompt, "seed": seed, "num_inference_steps": num_inference_steps} | others)
         for step in range(num_inference_steps):
             if cancel.is_set():
@@ -131,8 +131,6 @@ def fake_model(bpy, extension, torus, tmp_path):
 
     `fake_model.pipeline` is the pipeline, `fake_model.folder` the folder, `fake_model.loads` counts how often it was loaded.
     """
-    from types import SimpleNamespace
-
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "bundle.json").write_text('{"name": "fake", "version": "1.2"}')

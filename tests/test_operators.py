@@ -175,10 +175,11 @@ def interface(bpy, generate, base):
         """Takes the operator's place: its methods, without Blender's instance behind them."""
 
     values = {"prompt": "", "negative_prompt": "", "seed": 0, "steps": 20, "guidance": 3.5, "count": 1}
+    values |= {"mix_prompt": "", "mix_weight": 0.5, "edit": ""}
     stand = Stand(**values, job_name="Generation", _job=None, _finishing=None, messages=[])
     stand.properties = SimpleNamespace(is_property_set=lambda name: False)
     stand.report = lambda kind, message: stand.messages.append((next(iter(kind)), message))
-    for name in ("invoke", "modal", "cancel", "work", "finish", "salvage", "show", "drop", "_step", "_fail", "_end"):
+    for name in ("invoke", "modal", "cancel", "work", "finish", "salvage", "show", "drop", "_step", "_fail", "_end", "place_at"):
         setattr(stand, name, getattr(generate.GenerateOperator, name).__get__(stand))
 
     def event(kind):

@@ -13,8 +13,9 @@ import bpy
 from bpy.props import FloatProperty, IntProperty, StringProperty
 
 from ...generator.errors import InputError
-from .. import extension, generation, history, overlay, properties, splat_object
+from .. import edits, extension, generation, history, overlay, properties, splat_object
 from ..generation import SEED_MAX, Request
+from ..splat_object import cells
 from .base import JobOperator
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def place(
         object = splat_object.write(result.gaussians, result.provenance.prompt[:50], context.collection)
         object.location = [a + b for a, b in zip(origin, offset, strict=True)]
         properties.store_provenance(object, result.provenance)
+        cells.number(object)
         yield object
 
 
@@ -61,7 +63,51 @@ def select(context: bpy.types.Context, objects: list[bpy.types.Object]) -> None:
         layer.objects.active = shown[-1]
 
 
-class GenerateOperator(JobOperator, bpy.types.Operator):
+class NewObjects(JobOperator):
+    """Mixin for operators that make objects: seen while they are sampled, then placed and selected."""
+
+    # Without annotations: Blender evaluates every one of an operator's.
+    _done = ()  # the run's objects so far, as Generated
+    _origin = (0.0, 0.0, 0.0)  # where the run stands, Blender units
+    _offsets = ()  # of each object from there
+    _request = None  # what runs, where it runs in a thread: what it teaches is kept
+
+    def place_at(self, origin: Sequence[float], offsets: list[tuple[float, float, float]]) -> None:
+        """Begin a run; `work` calls it."""
+        self._done, self._origin, self._offsets = [], tuple(origin), offsets
+
+    def show(self, context: bpy.types.Context, progress: list[Progress]) -> None:
+        # Of each object only the last look that has arrived.
+        for preview in {news.preview.index: news.preview for news in progress if news.preview}.values():
+            overlay.show(context.scene, preview, [a + b for a, b in zip(self._origin, self._offsets[preview.index], strict=True)])
+            if preview.result:
+                self._done.append(preview.result)
+
+    def drop(self, context: bpy.types.Context) -> None:
+        overlay.clear()
+
+    def salvage(self, context: bpy.types.Context) -> list[Generated] | None:
+        """Objects of a run that were complete before it was stopped: they took their time and stay."""
+        return self._done or None
+
+    def finish(self, context: bpy.types.Context, results: list[Generated]) -> Iterator[set[str]]:
+        names = []
+        for object in place(context, results, self._offsets, self._origin):
+            names.append(object.name)
+            yield {"PASS_THROUGH"}
+        if self._request:
+            for result in results:
+                key = history.speed_key(result.provenance.model_hash, self._request.device)
+                _remember(history.add_speed, key, self._request.steps, self._request.guidance > 1, result.seconds)
+        # By name: between two of them the user may have undone or deleted the first.
+        select(context, [bpy.data.objects[name] for name in names if name in bpy.data.objects])
+        count = sum(len(result.gaussians) for result in results)
+        seconds = sum(sum(result.seconds.values()) for result in results)
+        self.report({"INFO"}, f"Generated {', '.join(names)}: {count:,} Gaussians in {seconds:.1f} s")
+        yield {"FINISHED"}
+
+
+class GenerateOperator(NewObjects, bpy.types.Operator):
     """Generate 3D Gaussians from a prompt. What is not given is taken from the scene's settings"""
 
     bl_idname = "gaussian_atlas.generate"
@@ -75,17 +121,15 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
     steps: IntProperty(name="Steps", default=20, min=1, max=1000)
     guidance: FloatProperty(name="Guidance", default=3.5, min=0.0, max=30.0)
     count: IntProperty(name="Count", default=1, min=1, max=1000)
-
-    # Without annotations: Blender evaluates every one of an operator's.
-    _done = ()  # the run's objects so far, as Generated
-    _request = None  # what runs, where it runs in a thread: what it teaches is kept
-    _origin = (0.0, 0.0, 0.0)  # the 3D cursor when it began
+    mix_prompt: StringProperty(name="Mix With")
+    mix_weight: FloatProperty(name="Weight", default=0.5, min=0.0, max=1.0)
+    edit: StringProperty(name="Edit", options={"HIDDEN", "SKIP_SAVE"}, description="The edit to make again, as an object remembers it")
 
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         settings = context.scene.gaussian_atlas
         if interactive and settings.randomize_seed and not self.properties.is_property_set("seed"):
             settings.seed = random.randint(0, SEED_MAX)
-        for name in ("prompt", "negative_prompt", "seed", "steps", "guidance", "count"):
+        for name in ("prompt", "negative_prompt", "seed", "steps", "guidance", "count", "mix_prompt", "mix_weight"):
             if not self.properties.is_property_set(name):
                 setattr(self, name, getattr(settings, name))
         request = Request(
@@ -98,43 +142,16 @@ class GenerateOperator(JobOperator, bpy.types.Operator):
             count=self.count,
             model=extension.model_folder(context),
             device=extension.device(context),
+            mix_prompt=self.mix_prompt,
+            mix_weight=float(f"{self.mix_weight:.7g}"),
+            edit=edits.Edit.from_json(self.edit) if self.edit else None,
         )
-        self._done, self._request = [], request if interactive else None
+        self.place_at(context.scene.cursor.location, grid_offsets(self.count))
+        # A mix or an edit takes another time.
+        self._request = request if interactive and not (request.mix_prompt or request.edit) else None
         if interactive and context.preferences.addons[extension.PACKAGE].preferences.remember_prompts:
             _remember(history.add_prompt, request.prompt)
-        self._origin = tuple(context.scene.cursor.location)
         return partial(generation.generate, request, look=interactive)
-
-    def show(self, context: bpy.types.Context, progress: list[Progress]) -> None:
-        offsets = grid_offsets(self.count)
-        # Of each object only the last look that has arrived.
-        for preview in {news.preview.index: news.preview for news in progress if news.preview}.values():
-            overlay.show(context.scene, preview, [a + b for a, b in zip(self._origin, offsets[preview.index], strict=True)])
-            if preview.result:
-                self._done.append(preview.result)
-
-    def drop(self, context: bpy.types.Context) -> None:
-        overlay.clear()
-
-    def salvage(self, context: bpy.types.Context) -> list[Generated] | None:
-        """Objects of a run that were complete before it was stopped: they took their time and stay."""
-        return self._done or None
-
-    def finish(self, context: bpy.types.Context, results: list[Generated]) -> Iterator[set[str]]:
-        names = []
-        for object in place(context, results, grid_offsets(self.count), self._origin):
-            names.append(object.name)
-            yield {"PASS_THROUGH"}
-        if self._request:
-            for result in results:
-                key = history.speed_key(result.provenance.model_hash, self._request.device)
-                _remember(history.add_speed, key, self._request.steps, self._request.guidance > 1, result.seconds)
-        # By name: between two of them the user may have undone or deleted the first.
-        select(context, [bpy.data.objects[name] for name in names if name in bpy.data.objects])
-        count = sum(len(result.gaussians) for result in results)
-        seconds = sum(sum(result.seconds.values()) for result in results)
-        self.report({"INFO"}, f"Generated {', '.join(names)}: {count:,} Gaussians in {seconds:.1f} s")
-        yield {"FINISHED"}
 
 
 class RandomSeedOperator(bpy.types.Operator):
@@ -162,6 +179,9 @@ class RegenerateOperator(bpy.types.Operator):
         if object is None or properties.stored_provenance(object) is None:
             cls.poll_message_set("The active object was not generated from text")
             return False
+        if edits.parse(object.gaussian_atlas.edit).get("kind") == edits.MORPH:
+            cls.poll_message_set("A morph is made of two objects: generate those again")
+            return False
         return GenerateOperator.poll(context)
 
     def execute(self, context: bpy.types.Context) -> set[str]:
@@ -178,7 +198,8 @@ class RegenerateOperator(bpy.types.Operator):
         settings.randomize_seed = False
         for name, value in arguments.items():
             setattr(settings, name, value)
-        return arguments | {"count": 1}
+        settings.mix_prompt, settings.mix_weight = provenance.mix_prompt, provenance.mix_weight
+        return arguments | {"count": 1, "mix_prompt": provenance.mix_prompt, "mix_weight": provenance.mix_weight, "edit": provenance.edit}
 
 
 def _remember(change: Callable[..., None], *arguments: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import generate, model, render, splat_object
+from . import edit, generate, model, render, splat_object
 
 # In the order in which the tab shows them.
-CLASSES = (*generate.CLASSES, *splat_object.CLASSES, *render.CLASSES, *model.CLASSES)
+CLASSES = (*generate.CLASSES, *splat_object.CLASSES, *edit.CLASSES, *render.CLASSES, *model.CLASSES)

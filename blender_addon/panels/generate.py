@@ -48,6 +48,10 @@ class GeneratePanel(SidebarPanel, bpy.types.Panel):
         if info and (hint := vocabulary.hint(settings.prompt, info.vocabulary)):
             draw_text(inputs, context, hint, icon="INFO")
         row = inputs.row(align=True)
+        row.prop(settings, "mix_prompt", text="", placeholder="Mix with (optional)")
+        if settings.mix_prompt:
+            row.prop(settings, "mix_weight", text="")
+        row = inputs.row(align=True)
         row.prop(settings, "seed")
         row.operator("gaussian_atlas.random_seed", text="", icon="FILE_REFRESH")
         # Locked: every press of the button takes the same seed.

@@ -53,7 +53,7 @@ def in_cells(gaussians: Gaussians, cells: Tensor, layout: AtlasLayout) -> Gaussi
 def morph(first: Gaussians, second: Gaussians, factor: float) -> Gaussians:
     """Between two objects, Gaussian by Gaussian: i of one is i of the other, as in objects of one layout.
 
-    Means, opacities and colours change linearly, scales in their logarithms, rotations along the shorter way (normalised lerp).
+    Means, opacities and colours change linearly, scales in their logarithms, rotations at an even pace along the shorter arc (slerp).
 
     Args:
         factor: 0 gives the first, 1 the second.
@@ -67,11 +67,21 @@ def morph(first: Gaussians, second: Gaussians, factor: float) -> Gaussians:
         raise InputError(f"factor must lie between 0 and 1, got {factor!r}")
     if factor in (0, 1):
         return second if factor else first
-    nearer = torch.where((first.quaternions * second.quaternions).sum(1, keepdim=True) < 0, -second.quaternions, second.quaternions)
     return Gaussians(
         means=torch.lerp(first.means, second.means, factor),
-        quaternions=torch.nn.functional.normalize(torch.lerp(first.quaternions, nearer, factor), dim=1),
+        quaternions=_slerp(first.quaternions, second.quaternions, factor),
         scales=torch.lerp(first.scales.log(), second.scales.log(), factor).exp(),
         opacities=torch.lerp(first.opacities, second.opacities, factor),
         colors=torch.lerp(first.colors, second.colors, factor),
     )
+
+
+def _slerp(first: Tensor, second: Tensor, factor: float) -> Tensor:
+    """Unit quaternions [N, 4] between others (Shoemake 1985)."""
+    cosine = (first * second).sum(1, keepdim=True)
+    second = torch.where(cosine < 0, -second, second)
+    angle = cosine.abs().clamp(max=1).acos()
+    sine = angle.sin()
+    turned = (((1 - factor) * angle).sin() * first + (factor * angle).sin() * second) / sine.clamp_min(1e-12)
+    # Equal ones have no arc between them.
+    return torch.nn.functional.normalize(torch.where(sine > 1e-4, turned, torch.lerp(first, second, factor)), dim=1)
