@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -13,9 +14,12 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from generator.errors import InputError
+from generator.model.bundle import load_bundle
 from generator.model.text import TextEncoder
 from generator.model.widen import widen_unet
+from tests.tiny_bundle import write_tiny_bundle
 from trainer.base import load_base, text_encoder
+from trainer.finetune import FinetuneConfig, build_unet
 
 # The topology of Stable Diffusion: four levels of two blocks, attention in all but the last.
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
@@ -84,9 +88,10 @@ def test_a_file_in_stable_diffusions_own_layout_is_widened_and_gives_four_copies
     narrow.load_state_dict({name: value.half().float() for name, value in narrow.state_dict().items()})
     base = load_base(tmp_path / "sd.safetensors")
     assert base.text is None and base.text_width == 24 and len(base.sha256) == 64
+    loaded = base.load_unet().eval()
     for name, value in narrow.state_dict().items():
-        assert torch.equal(base.unet.state_dict()[name], value), name
-    assert four_copies_agree(narrow, widen_unet(base.unet)) < 1e-4
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert four_copies_agree(narrow, widen_unet(loaded)) < 1e-4
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -97,8 +102,8 @@ def test_shapes_alone_tell_the_full_size_configurations(version, monkeypatch):
     widths, text = (320, 640, 1280, 1280), {1: 768, 2: 1024}[version]
     with torch.device("meta"):
         unet = stable_diffusion(version, 320, text)
-    state = {name.removeprefix("model.diffusion_model."): value for name, value in original_layout(unet).items()}
-    config = base._config_of(state)
+    shapes = {name.removeprefix("model.diffusion_model."): tuple(value.shape) for name, value in original_layout(unet).items()}
+    config = base._config_of(shapes)
     assert tuple(config["block_out_channels"]) == widths and config["cross_attention_dim"] == text and config["layers_per_block"] == 2
     assert config["attention_head_dim"] == {1: 8, 2: [5, 10, 20, 20]}[version] and config["use_linear_projection"] == (version == 2)
     assert tuple(config["down_block_types"]) == DOWN and tuple(config["up_block_types"]) == UP
@@ -139,7 +144,7 @@ def folder(tmp_path_factory):
 def test_a_folder_gives_unet_text_encoder_prediction_and_licence(folder):
     base = load_base(folder)
     assert (base.prediction_type, base.licence) == ("v_prediction", "openrail++")
-    assert four_copies_agree(stable_diffusion(2), widen_unet(base.unet)) < 1e-4
+    assert four_copies_agree(stable_diffusion(2), widen_unet(base.load_unet().eval())) < 1e-4
     encoder = text_encoder("", base, "empty")
     assert encoder.width == base.text_width == 24 and (encoder.config.padding, encoder.config.unconditional) == ("kept", "empty")
     hidden = encoder.encode(["a chair"]).hidden
@@ -165,9 +170,37 @@ def test_what_is_no_base_is_named(tmp_path):
     (tmp_path / "y.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="cannot read base"):
         load_base(tmp_path / "y.safetensors")
-    painting = stable_diffusion(1)
-    painting.register_to_config(in_channels=9)
-    with pytest.raises(InputError, match="9 channels in and 4 out"):
-        from trainer.base import _checked
+    for changes, message in (({"in_channels": 9}, "9 channels in and 4 out"), ({"cross_attention_dim": None}, "does not attend to text")):
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        unet = stable_diffusion(1)
+        unet.save_pretrained(tmp_path / "unet")
+        config = json.loads((tmp_path / "unet" / "config.json").read_text())
+        (tmp_path / "unet" / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError, match=message):
+            load_base(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({"conv_in.weight": torch.zeros(3)}, weights)
+    with pytest.raises(InputError, match="cannot read a UNet from base"):
+        load_base(tmp_path).load_unet()
+    weights.unlink()
+    with pytest.raises(InputError, match="save it as safetensors"):
+        load_base(tmp_path)
 
-        _checked(painting, "an in-painting model")
+
+def test_a_bundle_is_gone_on_from_with_its_own_schedule_and_text(tmp_path):
+    bundle = write_tiny_bundle(tmp_path / "bundle")
+    config = FinetuneConfig(base=str(bundle), fold=4)
+    base = load_base(bundle)
+    assert base.licence == "CC0-1.0" and base.prediction_type == "v_prediction"
+    assert text_encoder("", base, "zeros").config == TextEncoder.default().config
+    unet, stored = build_unet(config, 384), load_bundle(bundle).load_unet()
+    assert all(torch.equal(value, stored.state_dict()[name]) for name, value in unet.state_dict().items())
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+    for changes, message in (
+        ({"fold": 2}, "set fold to 4"),
+        ({"prediction_type": "sample"}, "predicts v_prediction"),
+        ({"shift": 3.0}, "trained with other noise"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_unet(replace(config, **changes), 384)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from generator.atlas import Atlas, AtlasLayout, from_atlas
 from generator.errors import InputError
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
+from trainer import stages
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
 from trainer.presets import PRESETS
@@ -90,6 +93,43 @@ def test_evaluation_draws_and_scores(run):
     report = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert len(report["objects"]) == 2 and report["training_objects"] == 3
     assert (run / "evaluation" / "evaluation.png").stat().st_size > 1000
+
+
+def test_the_logs_show_samples(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "finetune" / "logs")).Reload()
+    assert "loss/train" in events.Tags()["scalars"] and len(events.Images("samples")) == 1
+    image = events.Images("samples")[0]
+    assert (image.step, image.width, image.height) == (2, 192, 192)
+
+
+def test_a_bundle_is_gone_on_from_with_ones_own_objects(run, tmp_path):
+    """LoRA on the bundle that the run made: its statistics and text encoder stay, its network changes a little."""
+    own = tmp_path / "own"
+    shutil.copytree(run / "shards", own / "shards")
+    preset = PRESETS["tiny"]
+    config = replace(
+        preset.finetune,
+        base=str(run / "bundle"),
+        lora_rank=2,
+        max_steps=2,
+        decay_steps=0,
+        warmup_steps=0,
+        batch_size=2,
+        mixed_precision="no",
+    )
+    preset = replace(preset, finetune=config, prompts=("a plank",), steps=2)
+    for stage in (stages.stats, stages.finetune, stages.pack):
+        stage(preset, own)
+    before, after = (GaussianAtlasPipeline.from_pretrained(folder / "bundle") for folder in (run, own))
+    assert torch.equal(before.normalization.mean, after.normalization.mean)
+    assert after.info["trained_on"]["base"]["sha256"] == before.info["files"]["unet/diffusion_pytorch_model.safetensors"]["sha256"]
+    assert after.info["trained_on"]["base"]["name"] == "bundle" and str(tmp_path) not in json.dumps(after.info)
+    old, new = before.unet.state_dict(), after.unet.state_dict()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed and all(".attn" in name for name in changed)
+    assert after("a plank").gaussians[0].finite().all()
 
 
 def test_stages_that_come_too_early_say_what_to_run(tmp_path):

@@ -7,44 +7,75 @@ Everything random in a step - which objects, which captions, noise, timesteps, d
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from generator.errors import InputError, WorkError
-from generator.model.folding import fold
+from generator.model.bundle import Bundle
+from generator.model.folding import fold, unfold
 from generator.model.pipeline import fast_dtype
 from generator.model.widen import widen_unet
 
+from .base import load_base
+from .render_loss import RenderLoss
 from .schedule import alphas_cumprod
+from .training_data import TrainingData
 
 ATTRIBUTES = ("position", "color", "scale", "rotation")  # the four groups of four channels
+PREDICTIONS = ("v_prediction", "sample", "epsilon")
+_ALL = slice(None)
+# Steps that a mean loss is taken over to tell divergence from noise.
+_MEAN_OVER = 100
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How the network is trained. The defaults are the paper's where the paper says."""
+    """How the network is trained. The defaults are the paper's where the paper says.
 
-    base: str = ""  # folder or hub id of a 4-channel latent-diffusion UNet to widen; empty: `unet` from random weights
-    unet: dict = field(default_factory=dict)  # UNet2DConditionModel arguments, used without a base
+    Raises:
+        InputError: a field is out of range, or two contradict each other.
+    """
+
+    # A 4-channel latent-diffusion model to widen (diffusers folder, .safetensors file, hub id), or a bundle to go on from; empty: `unet`
+    base: str = ""
+    base_licence: str = ""  # of the base, where its card does not say
+    unet: dict = field(default_factory=dict)  # UNet2DConditionModel arguments, used without a base, from random weights
+    text_encoder: str = ""  # empty: the base's own, else MiniLM; or minilm; or a folder with text_encoder/ and tokenizer/
+    unconditional: str = "zeros"  # what stands for no prompt: zeros, or the "empty" prompt as Stable Diffusion has it
+    lora_rank: int = 0  # above 0 only low-rank additions to the attention are trained (Hu et al. 2021)
     fold: int = 1  # cells per side folded into channels: 1 is the paper's plain input, more is cheaper
-    prediction_type: str = "v_prediction"  # or "sample": the network predicts the clean atlas; the loss is the same
+    prediction_type: str = "v_prediction"  # or what the network gives: the clean atlas ("sample") or the noise ("epsilon"); one loss
     shift: float = 1.0  # divides the signal-to-noise ratio by its square; above 1 trains more on the coarse shape
     zero_terminal_snr: bool = True  # the last timestep is pure noise, as at sampling
     min_snr_gamma: float = 0.0  # Hang et al. 2023; 0 turns it off
     channel_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)  # loss weight of each of `ATTRIBUTES`
+    rgb_weight: float = 0.0  # on L1 of renders of the denoised atlas; 0 renders nothing
+    mask_weight: float = 0.0  # on L1 of their coverage
+    lpips_weight: float = 0.0  # on their perceptual distance
+    render_from: float = 0.0  # share of the run before losses on renders begin
+    render_ramp: float = 0.1  # share of the run over which they grow to their weights
+    render_below: int = 300  # timesteps below which an atlas is clear enough to be rendered
+    render_most: int = 8  # samples of a step that are rendered in each process
+    render_size: int = 64  # pixels
     text_dropout: float = 0.2  # share of samples trained without a prompt, for classifier-free guidance
-    batch_size: int = 64
+    batch_size: int = 64  # samples a step, over all processes
+    micro_batch: int = 0  # samples at once in a process, gradients add up over the rest; 0 takes all: more needs more memory
+    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, a third slower
     learning_rate: float = 5e-5
     weight_decay: float = 1e-2  # AdamW
     warmup_steps: int = 100  # linear from zero
@@ -56,110 +87,165 @@ class FinetuneConfig:
     validation_share: float = 0.05  # objects kept out of training, chosen by their id
     checkpoint_every: int = 1000  # steps
     log_every: int = 20  # steps
+    prefetch: int = 2  # batches that are read ahead
+    divergence: float = 5.0  # the run stops where its mean loss is so many times the lowest before
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in ("v_prediction", "sample"):
-            raise InputError(f"prediction_type must be v_prediction or sample, got {self.prediction_type!r}")
+        if self.prediction_type not in PREDICTIONS:
+            raise InputError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction_type!r}")
+        if self.prediction_type == "epsilon" and self.zero_terminal_snr:
+            raise InputError("prediction_type epsilon says nothing of the atlas where all is noise: set zero_terminal_snr to False")
         if self.mixed_precision not in ("auto", "bf16", "no"):
             raise InputError(f"mixed_precision must be auto, bf16 or no, got {self.mixed_precision!r}")
         if len(self.channel_weights) != len(ATTRIBUTES):
             raise InputError(f"channel_weights needs one number for each of {', '.join(ATTRIBUTES)}")
         if not 0 <= self.text_dropout < 1:
             raise InputError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
+        leasts = {"batch_size": 1, "micro_batch": 0, "lora_rank": 0, "prefetch": 0, "render_most": 1, "render_size": 8}
+        for name, least in leasts.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def renders(self) -> bool:
+        """Whether there are losses on renders."""
+        return self.rgb_weight > 0 or self.mask_weight > 0 or self.lpips_weight > 0
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """What the loop draws from, in memory: normalised atlases and the features of every caption."""
+class Batch(NamedTuple):
+    """What one process trains on in one step, on its device."""
 
-    atlases: Tensor  # [M, 16, H, W] float16, normalised
-    captions: list[list[int]]  # for each atlas, the rows of `features` that describe it
-    features: Tensor  # [C, L, D] text features, zero where the mask is
-    ids: list[str]
-
-    def __post_init__(self) -> None:
-        if not len(self.atlases):
-            raise InputError("there are no atlases to train on: run `python -m trainer atlas` first")
-        silent = [identifier for identifier, rows in zip(self.ids, self.captions, strict=True) if not rows]
-        if silent:
-            raise InputError(f"{silent[0]} has no caption: give every object at least one")
-
-    def split(self, share: float) -> tuple[Tensor, Tensor]:
-        """Indices of training and validation objects; an object's side depends on its id alone."""
-        import zlib
-
-        held_out = torch.tensor([zlib.crc32(i.encode()) % 10_000 < share * 10_000 for i in self.ids])
-        if held_out.all():
-            held_out[:] = False
-        return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+    clean: Tensor  # [B, 16, H, W] normalised atlases
+    noise: Tensor  # [B, 16, H, W]
+    timesteps: Tensor  # [B]
+    text: Tensor  # [B, L, D]
+    views: Tensor  # [B, 5] in 0..1: direction and background of a render, see RenderLoss
 
 
 class Trainer:
     """Owns the network, its averaged copy and the optimiser; `run` trains, `save` and `resume` keep the state.
 
+    Under `accelerate launch` or `torchrun` every process takes its share of each batch, drawn as one process would draw it.
+
     Args:
         data: the training set.
         directory: receives checkpoints and tensorboard logs.
-        device: "cpu" or "cuda".
+        device: "cpu", or "auto" for CUDA where there is one.
+        picture: drawn at every checkpoint and put into the logs: gets the trainer, returns [H, W, 3] in 0..1.
     """
 
-    def __init__(self, config: FinetuneConfig, data: TrainingData, directory: str | Path, device: str = "cpu") -> None:
-        self.config, self.data = config, data
-        self.directory, self.device = Path(directory), torch.device(device)
-        self.unet = build_unet(config, data.features.shape[-1]).to(self.device, memory_format=torch.channels_last)
-        self.ema = {name: value.detach().clone() for name, value in self.unet.state_dict().items()}
-        decayed = [p for p in self.unet.parameters() if p.ndim > 1]
-        plain = [p for p in self.unet.parameters() if p.ndim <= 1]
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        data: TrainingData,
+        directory: str | Path,
+        device: str = "cpu",
+        picture: Callable[[Trainer], Tensor] | None = None,
+    ) -> None:
+        self.config, self.data, self.picture = config, data, picture
+        self.directory = Path(directory)
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        self.device = self.accelerator.device
+        processes = self.accelerator.num_processes
+        if config.batch_size % processes:
+            raise InputError(f"batch_size {config.batch_size} cannot be shared by {processes} processes: make it a multiple")
+        self.unet = build_unet(config, data.text_width).to(self.device, memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.trainable = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        self.ema = {name: value.detach().clone() for name, value in self.trainable.items()}
+        decayed = [p for p in self.trainable.values() if p.ndim > 1]
+        plain = [p for p in self.trainable.values() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             foreach=True,
         )
+        # The same network, which adds up gradients over the processes where there are several.
+        self.model = self.accelerator.prepare_model(self.unet)
         wanted = config.mixed_precision
         self.bf16 = wanted == "bf16" or (wanted == "auto" and fast_dtype(self.device) == torch.bfloat16)
         self.step = 0
+        self.mean_loss, self.lowest = 0.0, float("inf")
         self.alphas = alphas_cumprod(shift=config.shift, zero_terminal_snr=config.zero_terminal_snr).float().to(self.device)
         self.train_rows, self.validation_rows = data.split(config.validation_share)
         weights = torch.tensor(config.channel_weights).repeat_interleave(4)
         self.channel_weights = (weights / weights.mean()).reshape(1, 16, 1, 1).to(self.device)
+        self.render_loss = None
+        if config.renders:
+            if data.decoding is None:
+                raise InputError("losses on renders need the layout and the statistics of the atlases")
+            weights = (config.rgb_weight, config.mask_weight, config.lpips_weight)
+            self.render_loss = RenderLoss(data.decoding, weights, config.render_size, self.device)
+        self._ahead: dict[int, Future[Batch]] = {}
+        self._reader = ThreadPoolExecutor(1, "atlases")
 
-    def batch(self, step: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What step `step` trains on: clean atlases [B, 16, H, W], noise, timesteps [B], text features [B, L, D]."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+    def batch(self, step: int, rows: Tensor, size: int, share: slice = _ALL) -> Batch:
+        """What step `step` trains on; a process may take a share of it, which is drawn like the whole and read alone."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         chosen = rows[torch.randint(len(rows), (size,), generator=generator)]
-        clean = self.data.atlases[chosen].float()
-        noise = torch.randn(clean.shape, generator=generator)
+        seeds = torch.randint(2**62, (size,), generator=generator)
         # One timestep in each of B equal strata: the same mean, less spread between steps (Kingma et al. 2021, appendix I).
         strata = (torch.arange(size) + torch.rand(size, generator=generator)) / size
         timesteps = (strata * len(self.alphas)).long()[torch.randperm(size, generator=generator)]
-        picks = torch.rand(size, generator=generator)
-        rows_of_text = [
-            self.data.captions[i][int(p * len(self.data.captions[i]))] for i, p in zip(chosen.tolist(), picks.tolist(), strict=True)
-        ]
-        text = self.data.features[rows_of_text].float()
-        text = torch.where(torch.rand(size, 1, 1, generator=generator) < self.config.text_dropout, torch.zeros_like(text), text)
-        return tuple(tensor.to(self.device) for tensor in (clean, noise, timesteps, text))
+        picks = torch.rand(size, generator=generator)[share].tolist()
+        dropped = (torch.rand(size, generator=generator) < config.text_dropout)[share]
+        views = torch.rand(size, 5, generator=generator)[share]
+        chosen = chosen[share].tolist()
+        clean = self.data.atlases[chosen].float()
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds[share]])
+        captions = [self.data.captions[row] for row in chosen]
+        text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks, strict=True)]].float()
+        text = torch.where(dropped[:, None, None], self.data.unconditional.to(text), text)
+        return Batch(*(tensor.to(self.device) for tensor in (clean, noise, timesteps[share], text, views)))
 
-    def loss(self, clean: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Weighted v-prediction loss (equation 3 of the paper; Salimans and Ho 2022), a scalar."""
+    def loss(self, batch: Batch, model: torch.nn.Module | None = None, render_factor: float = 0.0) -> Tensor:
+        """Weighted v-prediction loss (equation 3 of the paper; Salimans and Ho 2022) and losses on renders: a scalar.
+
+        Args:
+            model: the network by default.
+            render_factor: on the losses on renders.
+        """
+        clean, noise, timesteps, text, views = batch
+        config = self.config
         alpha = self.alphas[timesteps].sqrt().reshape(-1, 1, 1, 1)
         sigma = (1 - self.alphas[timesteps]).sqrt().reshape(-1, 1, 1, 1)
-        noisy = fold(alpha * clean + sigma * noise, self.config.fold).contiguous(memory_format=torch.channels_last)
+        noisy = alpha * clean + sigma * noise
+        folded = fold(noisy, config.fold).contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
         with autocast:
-            output = self.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
-        if self.config.prediction_type == "v_prediction":
+            output = (model or self.unet)(folded, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        output = unfold(output.float(), config.fold)
+        if config.prediction_type == "v_prediction":
             target, weight = alpha * noise - sigma * clean, torch.ones_like(sigma)
-        else:
+        elif config.prediction_type == "sample":
             # v = (alpha z - x) / sigma, so an error in x counts 1 / sigma^2 in v; bounded where sigma vanishes.
             target, weight = clean, 1 / sigma.square().clamp_min(0.1)
-        if self.config.min_snr_gamma:
+        else:
+            # v = (e - sigma z) / alpha, likewise.
+            target, weight = noise, 1 / alpha.square().clamp_min(0.1)
+        if config.min_snr_gamma:
             snr = alpha.square() / sigma.square().clamp_min(1e-8)
-            weight = weight * snr.clamp_max(self.config.min_snr_gamma) / (snr + 1)
-        weight = weight * self.channel_weights
-        return (fold(weight.expand_as(target), self.config.fold) * (output.float() - fold(target, self.config.fold)).square()).mean()
+            weight = weight * snr.clamp_max(config.min_snr_gamma) / (snr + 1)
+        loss = (weight * self.channel_weights * (output - target).square()).mean()
+        if self.render_loss is not None and render_factor > 0:
+            clear = (timesteps < config.render_below).nonzero()[: config.render_most, 0]
+            if len(clear):
+                denoised = self._denoised(output[clear], noisy[clear], alpha[clear], sigma[clear])
+                renders = self.render_loss(denoised, clean[clear], views[clear, :2], views[clear, 2:])
+                loss = loss + render_factor * renders.sum() / len(clean)
+        return loss
+
+    def _denoised(self, output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The clean atlas that the network's output stands for."""
+        if self.config.prediction_type == "sample":
+            return output
+        if self.config.prediction_type == "v_prediction":
+            return alpha * noisy - sigma * output
+        return (noisy - sigma * output) / alpha.clamp_min(1e-3)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, constant, linear decay at the end."""
@@ -169,28 +255,67 @@ class Trainer:
             factor = min(factor, (config.max_steps - step) / config.decay_steps)
         return config.learning_rate * max(factor, 0.0)
 
+    def render_factor(self, step: int) -> float:
+        """Factor on the losses on renders at a step: 0, then a ramp, then 1."""
+        if not self.config.renders:
+            return 0.0
+        since = step / self.config.max_steps - self.config.render_from
+        return 0.0 if since < 0 else min(1.0, since / self.config.render_ramp) if self.config.render_ramp else 1.0
+
     def train_step(self) -> float:
-        """One optimiser step; the loss before it.
+        """One optimiser step over all processes; the loss before it.
 
         Raises:
-            WorkError: the loss is not finite.
+            WorkError: the loss is not finite, or has grown far above the lowest.
         """
+        config = self.config
         self.unet.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
-        loss = self.loss(*self.batch(self.step, self.train_rows, self.config.batch_size))
-        if not torch.isfinite(loss):
-            raise WorkError(f"the loss is {loss.item()} at step {self.step}: lower learning_rate and resume from the last checkpoint")
+        batch = self._next()
+        count = len(batch.clean)
+        size = config.micro_batch or count
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.gradient_clip)
+        total = torch.zeros((), device=self.device)
+        for start in range(0, count, size):
+            part = Batch(*(tensor[start : start + size] for tensor in batch))
+            # Gradients are exchanged once, with the last part.
+            last = start + size >= count
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.loss(part, self.model, self.render_factor(self.step)) * (len(part.clean) / count)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        value = self.accelerator.reduce(total, "mean").item()
+        self._check(value)
+        torch.nn.utils.clip_grad_norm_(self.trainable.values(), config.gradient_clip)
         self.optimizer.step()
         self.step += 1
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            averaged, current = list(self.ema.values()), list(self.unet.state_dict().values())
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-        return loss.item()
+            torch._foreach_lerp_(list(self.ema.values()), list(self.trainable.values()), 1 - decay)
+        return value
+
+    def _next(self) -> Batch:
+        """This step's batch, while the following ones are being read."""
+        config = self.config
+        share = config.batch_size // self.accelerator.num_processes
+        mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+        for step in range(self.step, min(self.step + config.prefetch + 1, max(config.max_steps, self.step + 1))):
+            if step not in self._ahead:
+                self._ahead[step] = self._reader.submit(self.batch, step, self.train_rows, config.batch_size, mine)
+        return self._ahead.pop(self.step).result()
+
+    def _check(self, loss: float) -> None:
+        """Stops a run that is lost, before the loss has reached the weights."""
+        advice = "lower learning_rate, or raise warmup_steps, and go on from the last checkpoint"
+        if not math.isfinite(loss):
+            raise WorkError(f"the loss is {loss} at step {self.step}: {advice}")
+        self.mean_loss = loss if self.step == 0 else self.mean_loss + (loss - self.mean_loss) / min(self.step + 1, _MEAN_OVER)
+        if self.step >= _MEAN_OVER:
+            self.lowest = min(self.lowest, self.mean_loss)
+            if self.mean_loss > self.config.divergence * self.lowest:
+                grown = f"its mean loss at step {self.step} is {self.mean_loss:.3g}, the lowest was {self.lowest:.3g}"
+                raise WorkError(f"the run diverges, {grown}: {advice}")
 
     @torch.no_grad()
     def validate(self, batches: int = 4) -> float | None:
@@ -198,58 +323,81 @@ class Trainer:
         if not len(self.validation_rows):
             return None
         self.unet.eval()
-        return sum(self.loss(*self.batch(-1 - i, self.validation_rows, 16)).item() for i in range(batches)) / batches
+        return sum(self.loss(self.batch(-1 - i, self.validation_rows, 16)).item() for i in range(batches)) / batches
 
     def run(self, progress: bool = True) -> Iterator[tuple[int, float]]:
-        """Train up to `max_steps`, yielding (step, loss); checkpoints on the way and at the end."""
-        config = self.config
+        """Train up to `max_steps`, yielding (step, loss); checkpoints on the way and at the end.
+
+        Raises:
+            WorkError: the run is lost (see `train_step`), or a checkpoint cannot be written.
+        """
+        config, main = self.config, self.accelerator.is_main_process
         self.directory.mkdir(parents=True, exist_ok=True)
-        with SummaryWriter(str(self.directory / "logs"), purge_step=self.step) as writer:
-            bar = tqdm(total=config.max_steps, initial=self.step, desc="fine-tune", unit="step", disable=not progress, mininterval=2)
+        with SummaryWriter(str(self.directory / "logs"), purge_step=self.step) if main else nullcontext() as writer:
+            bar = tqdm(
+                total=config.max_steps, initial=self.step, desc="fine-tune", unit="step", disable=not (progress and main), mininterval=2
+            )
             recent: list[float] = []
             started, first = time.perf_counter(), self.step
             while self.step < config.max_steps:
                 loss = self.train_step()
                 recent.append(loss)
                 bar.update()
-                if self.step % config.log_every == 0 or self.step == config.max_steps:
+                if main and (self.step % config.log_every == 0 or self.step == config.max_steps):
                     mean = sum(recent) / len(recent)
                     recent.clear()
+                    rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                     writer.add_scalar("loss/train", mean, self.step)
                     writer.add_scalar("learning_rate", self.rate(self.step), self.step)
-                    bar.set_postfix(
-                        loss=f"{mean:.4f}", sample_s=f"{(time.perf_counter() - started) / ((self.step - first) * config.batch_size):.3f}"
-                    )
+                    writer.add_scalar("samples_per_second", rate, self.step)
+                    bar.set_postfix(loss=f"{mean:.4f}", samples_s=f"{rate:.2f}")
                 if self.step % config.checkpoint_every == 0 or self.step == config.max_steps:
-                    validation = self.validate()
-                    if validation is not None:
-                        writer.add_scalar("loss/validation", validation, self.step)
-                        tqdm.write(f"step {self.step}: validation loss {validation:.4f}")
-                    self.save()
+                    if main:
+                        self._report(writer)
+                        self.save()
+                    self.accelerator.wait_for_everyone()
                 yield self.step, loss
             bar.close()
+
+    def _report(self, writer: SummaryWriter) -> None:
+        validation = self.validate()
+        if validation is not None:
+            writer.add_scalar("loss/validation", validation, self.step)
+            tqdm.write(f"step {self.step}: validation loss {validation:.4f}")
+        if self.picture is not None:
+            writer.add_image("samples", self.picture(self).clamp(0, 1), self.step, dataformats="HWC")
 
     # State ---------------------------------------------------------------------------------------------------------
 
     def save(self, keep: int = 2) -> Path:
-        """Write `checkpoint-STEP/` and drop all but the newest `keep`; a killed save leaves the last good one."""
+        """Write `checkpoint-STEP/` and drop all but the newest `keep`; a failed or killed save leaves the last good one.
+
+        Raises:
+            WorkError: it cannot be written.
+        """
         final = self.directory / f"checkpoint-{self.step:08d}"
         partial = self.directory / f".{final.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        names = {id(p): name for name, p in self.unet.named_parameters()}
+        names = {id(p): name for name, p in self.trainable.items()}
         moments = {
             f"{key}/{names[id(p)]}": value.contiguous()
             for p, state in self.optimizer.state.items()
             for key, value in state.items()
             if isinstance(value, Tensor)
         }
-        safetensors.torch.save_file(_contiguous(self.unet.state_dict()), partial / "unet.safetensors")
-        safetensors.torch.save_file(_contiguous(self.ema), partial / "ema.safetensors")
-        safetensors.torch.save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": self.step, "config": asdict(self.config)}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
+        state = {"step": self.step, "mean_loss": self.mean_loss, "lowest": self.lowest, "config": asdict(self.config)}
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, tensors in (("unet", _contiguous(self.trainable)), ("ema", _contiguous(self.ema)), ("optimizer", moments)):
+                safetensors.torch.save_file(tensors, partial / f"{name}.safetensors")
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.replace(final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            good = checkpoints(self.directory)
+            left = f"; {good[-1].name} is whole" if good else ""
+            raise WorkError(f"cannot write {final} ({error}): make room and run the same command again{left}") from error
         for stale in checkpoints(self.directory)[:-keep]:
             shutil.rmtree(stale)
         return final
@@ -273,14 +421,15 @@ class Trainer:
         changed = sorted(key for key in ours if ours[key] != theirs.get(key))
         if changed:
             raise InputError(f"{path} was trained with other {', '.join(changed)}: use another folder, or the old settings")
-        self.unet.load_state_dict(unet)
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(unet[name])
         self.ema = {name: ema[name].to(self.device) for name in self.ema}
-        parameters = dict(self.unet.named_parameters())
         for key, value in moments.items():
             kind, name = key.split("/", 1)
             # AdamW keeps its step counter on the CPU.
-            self.optimizer.state[parameters[name]][kind] = value if kind == "step" else value.to(self.device)
-        self.step = state["step"]
+            self.optimizer.state[self.trainable[name]][kind] = value if kind == "step" else value.to(self.device)
+        self.step, self.mean_loss, self.lowest = state["step"], state.get("mean_loss", 0.0), state.get("lowest", float("inf"))
         return True
 
 
@@ -290,7 +439,7 @@ def checkpoints(directory: str | Path) -> list[Path]:
 
 
 def build_unet(config: FinetuneConfig, text_width: int):
-    """The UNet to train: a widened base, or `config.unet` from random weights.
+    """The UNet to train: a widened base, or `config.unet` from random weights; with a rank, its low-rank additions alone are trainable.
 
     Raises:
         InputError: the base cannot be read, or its text width is not that of the text encoder.
@@ -298,26 +447,62 @@ def build_unet(config: FinetuneConfig, text_width: int):
     from diffusers import UNet2DConditionModel
 
     channels = 16 * config.fold**2
+    torch.manual_seed(config.seed)
     if not config.base:
-        torch.manual_seed(config.seed)
-        return UNet2DConditionModel(in_channels=channels, out_channels=channels, cross_attention_dim=text_width, **config.unet)
-    try:
-        base = UNet2DConditionModel.from_pretrained(config.base, subfolder="unet", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read a UNet from base {config.base!r}: {str(error).splitlines()[0]}") from error
-    if config.fold != 1:
-        raise InputError("a base takes plain atlases: set fold to 1")
-    if base.config.cross_attention_dim != text_width:
-        raise InputError(
-            f"base {config.base!r} expects text features of width {base.config.cross_attention_dim}, the text encoder gives {text_width}"
-        )
-    return widen_unet(base)
+        unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, cross_attention_dim=text_width, **config.unet)
+    else:
+        base = load_base(config.base)
+        takes = base.bundle.fold if base.bundle else 1
+        if config.fold != takes:
+            raise InputError(f"base {config.base!r} takes atlases with fold {takes}, not {config.fold}: set fold to {takes}")
+        if base.bundle:
+            _check_schedule(config, base.bundle)
+        if base.text_width != text_width:
+            raise InputError(f"base {config.base!r} attends to text of width {base.text_width}, the text encoder gives {text_width}")
+        unet = base.load_unet() if base.bundle else widen_unet(base.load_unet())
+    if config.lora_rank:
+        from peft import LoraConfig
+
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(_ATTENTION)))
+    return unet
+
+
+def _check_schedule(config: FinetuneConfig, bundle: Bundle) -> None:
+    """A network that goes on must be asked what it was asked before: the same prediction at the same noise."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    theirs = bundle.scheduler_config["prediction_type"]
+    if config.prediction_type != theirs:
+        raise InputError(f"base {config.base!r} predicts {theirs}: set prediction_type to {theirs}")
+    before = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config).alphas_cumprod.double()
+    now = alphas_cumprod(shift=config.shift, zero_terminal_snr=config.zero_terminal_snr)
+    # The last signal rates are stored a little above zero.
+    if len(before) != len(now) or (before - now)[:-1].abs().max() > 1e-3:
+        raise InputError(f"base {config.base!r} was trained with other noise: set shift and zero_terminal_snr as it was")
+
+
+def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int):
+    """The averaged network of a checkpoint, low-rank additions merged into it."""
+    unet = build_unet(config, text_width)
+    averaged = safetensors.torch.load_file(checkpoint / "ema.safetensors")
+    unet.load_state_dict(averaged, strict=not config.lora_rank)
+    if config.lora_rank:
+        unet.fuse_lora()
+        unet.unload_lora()
+    return unet
+
+
+# The layers that LoRA adds to: queries, keys, values and outputs of the attention.
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def _identity(config: dict) -> dict:
     """The settings that a resumed run must share; it may be longer or shorter, and save or log at other steps."""
-    free = {"max_steps", "decay_steps", "checkpoint_every", "log_every"}
-    return json.loads(json.dumps({key: value for key, value in config.items() if key not in free}))
+    free = {"max_steps", "decay_steps", "checkpoint_every", "log_every", "prefetch", "divergence", "micro_batch", "base_licence"}
+    # A checkpoint from before a setting existed was trained with its default.
+    known = {**asdict(FinetuneConfig()), **config}
+    return json.loads(json.dumps({key: value for key, value in known.items() if key not in free}))
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

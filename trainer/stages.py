@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, NormalScoresAccumulator, from_atlas
@@ -32,13 +31,16 @@ from generator.atlas import pack as pack_atlas
 from generator.errors import InputError, WorkError
 from generator.files import replacing
 from generator.formats import load, save
+from generator.model.text import TextEncoder
 
 from . import captions, dataset
+from .base import load_base, text_encoder
 from .farm import RECORDS, append_records, for_each, read_records
-from .finetune import Trainer, TrainingData, checkpoints
+from .finetune import FinetuneConfig, Trainer, checkpoints
 from .fit import FitConfig
 from .presets import Preset
 from .sources import SourceObject, credits, open_source, with_colour
+from .training_data import TrainingData, from_shards
 
 # What of a fit's JSON goes into its record.
 _SCORES = ("psnr", "psnr_foreground", "ssim", "perceptual", "perceptual_name", "gaussians")
@@ -309,8 +311,16 @@ def _is_current(path: Path, fit_path: Path, layout: AtlasLayout, channels: Chann
 
 
 def stats(preset: Preset, run: Path) -> None:
-    """Mean and deviation of every cell over the shards, if wanted of its normal scores."""
+    """Mean and deviation of every cell over the shards, if wanted of its normal scores; of a bundle that is gone on from its own."""
     scores = None
+    bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
+    if bundle:
+        for sample, layout_id in dataset.read_shards(run / "shards"):
+            if (layout_id, sample.spec) != (bundle.layout.id, bundle.channels):
+                raise InputError(f"{sample.id} has another layout or other channels than {bundle.name}: make the atlases with its settings")
+        bundle.normalization.save(run / "normalization.safetensors")
+        _say(f"stats: those of {bundle.name}, which is gone on from")
+        return
     if preset.normal_scores:
         histograms = NormalScoresAccumulator(preset.channels)
         for sample, _ in dataset.read_shards(run / "shards"):
@@ -325,71 +335,90 @@ def stats(preset: Preset, run: Path) -> None:
 
 
 def finetune(preset: Preset, run: Path) -> None:
-    """Train the network; goes on from the newest checkpoint."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = Trainer(preset.finetune, training_data(preset, run), run / "finetune", device)
-    if trainer.resume():
+    """Train the network; goes on from the newest checkpoint. Under `accelerate launch` in several processes."""
+    device = "auto" if torch.cuda.is_available() else "cpu"
+    data = training_data(preset, run)
+    trainer = Trainer(preset.finetune, data, run / "finetune", device, lambda trainer: _picture(preset, trainer))
+    if trainer.resume() and trainer.accelerator.is_main_process:
         _say(f"finetune: resumed at step {trainer.step}")
-    parameters = sum(parameter.numel() for parameter in trainer.unet.parameters())
-    _say(f"finetune: {parameters / 1e6:.1f} M parameters, {len(trainer.train_rows)} atlases, {len(trainer.validation_rows)} held out")
+    if trainer.accelerator.is_main_process:
+        size = sum(parameter.numel() for parameter in trainer.unet.parameters())
+        trained = sum(parameter.numel() for parameter in trainer.trainable.values())
+        part = "" if trained == size else f", {trained / 1e6:.1f} M of them trained"
+        _say(f"finetune: {size / 1e6:.1f} M parameters{part}, {len(trainer.train_rows)} atlases, {len(trainer.validation_rows)} held out")
     for _ in trainer.run():
         pass
 
 
 def training_data(preset: Preset, run: Path) -> TrainingData:
-    """The shards, normalised, with the text features of their captions."""
-    from generator.model.text import TextEncoder
+    """The shards, normalised as they are read, with the text features of their captions."""
+    layout = AtlasLayout.load_default(preset.size, preset.projection)
+    return from_shards(run / "shards", _normalization(run), _text_encoder(preset.finetune), layout)
 
-    normalization = _normalization(run)
-    values, rows, ids = [], [], []
-    texts: dict[str, int] = {}
-    for sample, layout_id in dataset.read_shards(run / "shards"):
-        if layout_id != normalization.layout_id:
-            raise InputError(
-                f"the shards have layout {layout_id}, the statistics {normalization.layout_id}: run `python -m trainer stats` again"
-            )
-        values.append(normalization.normalize(sample.values).half())
-        rows.append([texts.setdefault(caption, len(texts)) for caption in sample.record["captions"]])
-        ids.append(sample.record["object"])
-    encoder = TextEncoder.default()
-    names = list(texts)
-    features = []
-    for start in range(0, len(names), 64):
-        hidden, mask = encoder.encode(names[start : start + 64])
-        features.append((hidden * mask[..., None].to(hidden)).half())
-    return TrainingData(torch.stack(values), rows, torch.cat(features), ids)
+
+def _text_encoder(config: FinetuneConfig) -> TextEncoder:
+    base = load_base(config.base) if config.base else None
+    return text_encoder(config.text_encoder, base, config.unconditional)
+
+
+def _picture(preset: Preset, trainer: Trainer) -> torch.Tensor:
+    """What the averaged network makes of the preset's first prompts now: renders side by side, [H, W, 3]."""
+    from generator.model.pipeline import GaussianAtlasPipeline
+    from generator.render import Cameras, render
+
+    from .schedule import scheduler_config
+
+    config, decoding = trainer.config, trainer.data.decoding
+    solver = scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr)
+    current = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    info = {"fold": config.fold, "low_pass": preset.views.low_pass}
+    with torch.no_grad():
+        for name, value in trainer.trainable.items():
+            value.copy_(trainer.ema[name])
+        try:
+            from diffusers import DPMSolverMultistepScheduler
+
+            pipeline = GaussianAtlasPipeline(
+                trainer.unet.eval(), DPMSolverMultistepScheduler.from_config(solver), trainer.data.encoder, decoding.layout,
+                decoding.normalization, decoding.channels, info,
+            )  # fmt: skip
+            made = pipeline(list(preset.prompts[:4]), num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale).gaussians
+        finally:
+            for name, value in trainer.trainable.items():
+                value.copy_(current[name])
+    return torch.cat([render(gaussians, Cameras.orbit(1, 192)).rgb[0] for gaussians in made], dim=1)
 
 
 def pack(preset: Preset, run: Path) -> None:
     """Write the bundle of the newest checkpoint's averaged network."""
     from generator.model.bundle import save_bundle
-    from generator.model.text import TextEncoder
 
-    from .finetune import build_unet
+    from .finetune import trained_unet
     from .schedule import scheduler_config
 
     found = checkpoints(run / "finetune")
     if not found:
         raise InputError(f"no checkpoint in {run / 'finetune'}: run `python -m trainer finetune` first")
-    encoder = TextEncoder.default()
+    encoder = _text_encoder(preset.finetune)
     normalization = _normalization(run)
-    unet = build_unet(preset.finetune, encoder.width)
-    unet.load_state_dict(safetensors.torch.load_file(found[-1] / "ema.safetensors"))
+    unet = trained_unet(preset.finetune, found[-1], encoder.width)
     step = json.loads((found[-1] / "state.json").read_text())["step"]
     everything = [sample for sample, _ in dataset.read_shards(run / "shards")]
     samples = [sample for sample in everything if sample.id == sample.record["object"]]
     psnrs = [sample.record["psnr"] for sample in samples if sample.record["psnr"] is not None]
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
+    base = _base_record(config)
+    licences = {licence for _, licence in libraries if not licence.startswith("CC0")} | ({base["licence"]} if config.base else set())
     info = {
         "name": f"gaussian-atlas-{preset.name}",
         "version": preset.version,
-        "licence": " AND ".join(sorted({licence for _, licence in libraries if not licence.startswith("CC0")})) or "CC0-1.0",
+        "licence": " AND ".join(sorted(licences)) or "CC0-1.0",
         "trained_on": {
             "objects": len(samples),
             "atlases": len(everything),
             "libraries": [f"{library} ({licence})" for library, licence in libraries],
-            "base": config.base or "none: random weights",
+            "base": base,
             "steps": step,
             "batch_size": config.batch_size,
             "prediction_type": config.prediction_type,
@@ -414,6 +443,19 @@ def pack(preset: Preset, run: Path) -> None:
         files={"CREDITS.md": _credits(samples).encode()},
     )
     _say(f"pack: {run / 'bundle'}, step {step}, {len(samples)} objects")
+
+
+def _base_record(config: FinetuneConfig) -> dict | str:
+    """What a bundle says of the model that it was made from."""
+    if not config.base:
+        return "none: random weights"
+    base = load_base(config.base)
+    licence = config.base_licence or base.licence
+    if not licence:
+        raise InputError(f"the card of base {config.base!r} names no licence: say it with --finetune.base-licence")
+    # A folder of this machine means nothing to others: its name is enough beside the hash.
+    name = config.base if not Path(config.base).exists() else Path(config.base).name
+    return {"name": name, "sha256": base.sha256, "licence": licence, "prediction_type": base.prediction_type}
 
 
 def evaluate(preset: Preset, run: Path) -> None:

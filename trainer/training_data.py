@@ -1,0 +1,193 @@
+"""What the loop draws from: atlases out of shards by position, and the features of their captions."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization
+from generator.errors import InputError
+from generator.model.text import TextEncoder
+
+# Features of all captions are made at once while they fit; beyond, those of each batch.
+_FEATURE_BYTES = 2 * 2**30
+
+
+class Atlases(Protocol):
+    """Normalised atlases by row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        """[B, 16, H, W] float32."""
+
+
+class Features(Protocol):
+    """Text features of captions by row."""
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        """[B, L, D] float32."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What turns normalised values back into Gaussians."""
+
+    layout: AtlasLayout
+    normalization: Normalization
+    channels: ChannelSpec
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Objects with their captions.
+
+    Raises:
+        InputError: there is no atlas, or an object has no caption.
+    """
+
+    atlases: Atlases | Tensor  # M rows
+    captions: list[list[int]]  # for each atlas, the rows of `features` that describe it
+    features: Features | Tensor
+    ids: list[str]
+    unconditional: Tensor  # [L, D] float32, what stands for no prompt
+    decoding: Decoding | None = None  # needed by losses on renders
+    encoder: TextEncoder | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.atlases):
+            raise InputError("there are no atlases to train on: run `python -m trainer atlas` first")
+        silent = [identifier for identifier, rows in zip(self.ids, self.captions, strict=True) if not rows]
+        if silent:
+            raise InputError(f"{silent[0]} has no caption: give every object at least one")
+
+    @property
+    def text_width(self) -> int:
+        return self.unconditional.shape[-1]
+
+    def split(self, share: float) -> tuple[Tensor, Tensor]:
+        """Indices of training and validation objects; an object's side depends on its id alone."""
+        held_out = torch.tensor([zlib.crc32(i.encode()) % 10_000 < share * 10_000 for i in self.ids])
+        if held_out.all():
+            held_out[:] = False
+        return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+class ShardedAtlases:
+    """Atlases read from webdataset shards when they are asked for, at their place in the file.
+
+    A shard is an uncompressed tar, so an atlas can be read without what lies before it. Any order costs the same then, and a
+    run that resumes at a step reads just what that step needs, which a stream through a shuffling buffer cannot.
+
+    Args:
+        normalization: applied to what is read.
+
+    Raises:
+        InputError: there are no shards, one is damaged, or it has another layout than the statistics.
+    """
+
+    def __init__(self, directory: str | Path, normalization: Normalization) -> None:
+        self.normalization = normalization
+        self.paths = sorted(Path(directory).glob("atlases-*.tar"))
+        self.places: list[tuple[int, int, int]] = []  # shard, first byte, bytes
+        self.records: list[dict] = []
+        if not self.paths:
+            raise InputError(f"no atlases-*.tar in {directory}: run `python -m trainer atlas` first")
+        for shard, path in enumerate(self.paths):
+            self._index(shard, path)
+        self._files: dict[tuple[int, int], io.BufferedReader] = {}
+        first = Atlas.decode(self._bytes(0)) if self.places else None
+        if first and first.layout_id != normalization.layout_id:
+            raise InputError(
+                f"the shards have layout {first.layout_id}, the statistics {normalization.layout_id}: run `python -m trainer stats` again"
+            )
+        self.spec = first.spec if first else ChannelSpec()
+
+    def _index(self, shard: int, path: Path) -> None:
+        places, records = {}, {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    key, _, kind = member.name.partition(".")
+                    if kind == "safetensors":
+                        places[key] = (shard, member.offset_data, member.size)
+                    elif kind == "json":
+                        records[key] = json.loads(archive.extractfile(member).read())
+            self.places += places.values()
+            self.records += [records[key] for key in places]
+        except (tarfile.TarError, KeyError, EOFError, OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        return torch.stack([self.normalization.normalize(Atlas.decode(self._bytes(row)).values) for row in rows])
+
+    def _bytes(self, row: int) -> bytes:
+        shard, start, size = self.places[row]
+        # A file of its own for each process: one that was forked would share the position.
+        key = (os.getpid(), shard)
+        if key not in self._files:
+            self._files[key] = open(self.paths[shard], "rb", buffering=0)
+        payload = os.pread(self._files[key].fileno(), size, start)
+        if len(payload) != size:
+            raise InputError(f"{self.paths[shard]} ends early: it was changed while it was read")
+        return payload
+
+
+class CaptionFeatures:
+    """Text features of captions, each made when it is first needed; the last ones are kept.
+
+    Args:
+        keep: bytes of features to keep.
+    """
+
+    def __init__(self, encoder: TextEncoder, captions: list[str], keep: int = _FEATURE_BYTES) -> None:
+        self.encoder, self.captions = encoder, captions
+        self.most = max(1, keep // (2 * encoder.config.max_length * encoder.width))
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
+        fresh: dict[int, Tensor] = {}
+        for start in range(0, len(missing), 64):
+            part = missing[start : start + 64]
+            fresh |= dict(zip(part, self.encoder.encode([self.captions[row] for row in part]).hidden.half(), strict=True))
+        found = torch.stack([fresh[row] if row in fresh else self._kept[row] for row in rows]).float()
+        for row in rows:
+            self._kept[row] = fresh.pop(row) if row in fresh else self._kept[row]
+            self._kept.move_to_end(row)
+        while len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+        return found
+
+
+def from_shards(directory: str | Path, normalization: Normalization, encoder: TextEncoder, layout: AtlasLayout) -> TrainingData:
+    """The training data of a folder of shards.
+
+    Raises:
+        InputError: the shards are missing, damaged, or of another layout than the statistics.
+    """
+    atlases = ShardedAtlases(directory, normalization)
+    texts: dict[str, int] = {}
+    rows = [[texts.setdefault(caption, len(texts)) for caption in record["captions"]] for record in atlases.records]
+    return TrainingData(
+        atlases,
+        rows,
+        CaptionFeatures(encoder, list(texts)),
+        [record["object"] for record in atlases.records],
+        encoder.unconditional(1).hidden[0],
+        Decoding(layout, normalization, atlases.spec),
+        encoder,
+    )
