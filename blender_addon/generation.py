@@ -147,6 +147,9 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
     started = time.perf_counter()
     info = service.describe(request.model)
     if not service.is_loaded(request.model, request.device):
+        if not service.libraries_loaded():
+            report("Starting torch")
+            service.load_libraries()
         report("Loading the model")
     pipe = service.pipeline(request.model, request.device)
     load_seconds = time.perf_counter() - started

@@ -7,9 +7,12 @@ place where the job's state changes, so a caller never sees a finished job with 
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -17,6 +20,8 @@ from typing import Any
 from ..generator.errors import Cancelled, InputError, WorkError
 
 log = logging.getLogger(__name__)
+
+NICENESS = 5  # of the working thread on Linux, -20 .. 19; Blender's own is 0
 
 
 class State(Enum):
@@ -83,7 +88,7 @@ class Job:
     def start(self) -> Job:
         """Run in a daemon thread: a cancelled job never keeps the program from ending."""
         self._begin()
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread = threading.Thread(target=self._run_modestly, name=self.name, daemon=True)
         self._thread.start()
         return self
 
@@ -133,6 +138,13 @@ class Job:
         if self.state is not State.WAITING:
             raise RuntimeError(f"{self.name} was started before; make a new Job")
         self.state = State.RUNNING
+
+    def _run_modestly(self) -> None:
+        """Below the window's thread: where all cores are busy, the window goes first. torch's own threads inherit it."""
+        if sys.platform == "linux":  # elsewhere a process has one priority, not each thread
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        self._run()
 
     def _run(self, on_progress: Callable[[Progress], None] | None = None) -> None:
         def report(stage: str, step: int = 0, total: int = 0, preview: Any = None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import threading
@@ -59,6 +61,49 @@ def set_pipeline_factory(factory: PipelineFactory | None = None) -> None:
     global _factory
     unload()
     _factory = factory or from_bundle
+
+
+def libraries_loaded() -> bool:
+    """Whether what `pipeline` imports is imported already; the first time takes seconds."""
+    return _factory is not from_bundle or "diffusers.models.unets.unet_2d_condition" in sys.modules
+
+
+def load_libraries() -> None:
+    """Import what `pipeline` would import, in a way that lets other threads run (benchmarks/responsiveness.py).
+
+    Two things would hold Python for up to half a second: the linker, opening torch's libraries within the import, and full
+    garbage collections, of which importing a million objects sets off a dozen. So the libraries are opened ahead without
+    Python, collections wait, and what was imported is then left out of them, which makes all later ones short too.
+    """
+    _open_ahead()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        from diffusers.models.unets import unet_2d_condition  # noqa: F401
+        from diffusers.schedulers import scheduling_dpmsolver_multistep  # noqa: F401
+        from transformers import AutoModel, AutoTokenizer  # noqa: F401
+        from transformers.models.bert import modeling_bert  # noqa: F401
+
+        from ..generator import GaussianAtlasPipeline  # noqa: F401
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
+def _open_ahead() -> None:
+    """Have the linker load torch's libraries by a call that ctypes makes without Python's lock; the import finds them there."""
+    if sys.platform != "linux" or "torch" in sys.modules:
+        return
+    try:
+        spec = importlib.util.find_spec("torch")
+        library = Path(spec.origin).with_name("lib") / "libtorch_python.so"
+        if library.is_file():
+            open_library = ctypes.CDLL(None).dlopen
+            open_library.argtypes, open_library.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+            open_library(str(library).encode(), os.RTLD_NOW)
+    except (AttributeError, OSError, ValueError, ImportError):  # then the import itself does it, or says what is wrong
+        pass
 
 
 def pipeline(folder: Path, device: str = "auto") -> Any:
