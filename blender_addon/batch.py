@@ -1,4 +1,4 @@
-"""The command line inside Blender: blender --background --command gaussian_atlas generate|convert|render ...
+"""The command line inside Blender: blender --background --command gaussian_atlas generate|convert|render|models ...
 
 `generate` writes NAME.ply, NAME.png and NAME.blend for every object and one line for it in results.jsonl. A file appears
 under its own name only when it is complete, so a run that was killed is continued by starting it again.
@@ -121,6 +121,25 @@ def render(options: argparse.Namespace) -> int:
     with _quiet():
         preview.render(scene, output)
     print(f"{output}: {len(gaussians):,} Gaussians, {options.size} x {options.size} pixels")
+    return 0
+
+
+def manage_models(options: argparse.Namespace) -> int:
+    """The `models` command."""
+    import bpy
+
+    from . import models
+
+    place = extension.models_folder()
+    if options.action == "install":
+        # Blender's own switch, --online-mode, says whether the network may be used.
+        model = models.install(options.model, place, _no_report, threading.Event(), online=bpy.app.online_access)
+        print(f"{model.name}: {model.info.title} in {model.folder}")
+    elif options.action == "remove":
+        print(f"removed {models.remove(options.model, place)}")
+    else:
+        for model in models.installed(place):
+            print(f"{model.name}: {model.info.title}, {model.info.licence}, {model.info.size / 1e6:,.0f} MB, {model.folder}")
     return 0
 
 
@@ -306,7 +325,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Text to 3D Gaussians without a window.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate|convert|render")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="generate|convert|render|models")
 
     command = commands.add_parser("generate", help="objects from prompts: .ply, .png and .blend files", allow_abbrev=False)
     which = command.add_mutually_exclusive_group(required=True)
@@ -340,6 +359,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--elevation", type=float, default=20.0, help="degrees above the horizon (default: 20)")
     _add_image_options(command)
     command.set_defaults(run=render)
+
+    command = commands.add_parser("models", help="list, install and remove models", allow_abbrev=False)
+    command.add_argument("action", choices=("list", "install", "remove"), nargs="?", default="list")
+    command.add_argument("model", nargs="?", default="", help="install: a folder, a zip or a hub id; remove: a name of the list")
+    command.set_defaults(run=manage_models)
     return parser
 
 

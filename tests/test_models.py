@@ -293,3 +293,17 @@ def test_an_installed_model_generates(bpy, extension, tmp_path):
     assert bpy.context.active_object.gaussian_atlas.model_name == "tiny"
     bpy.ops.gaussian_atlas.remove_model(name=folder.name)
     assert not extension("blender_addon.service").is_loaded()
+
+
+def test_models_from_the_command_line(bpy, extension, models, tmp_path, capfd):
+    main = extension("blender_addon.batch").main
+    assert main(["models", "install", str(pack(make(tmp_path / "source"), tmp_path / "model.zip"))]) == 0
+    name = capfd.readouterr().out.partition(":")[0]
+    assert main(["models"]) == 0
+    listed = capfd.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in listed] == [models.STARTER, name]
+    assert "Test Model 1.0, CC0-1.0, 1 MB" in listed[1]
+    assert main(["models", "remove", name]) == 0
+    for arguments in (["remove", name], ["install", "someone/model"], ["install"], ["explode"]):
+        assert main(["models", *arguments]) == 2
+        assert len(capfd.readouterr().err.strip().splitlines()) == 1
