@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..generator.errors import InputError, WorkError
+from ..generator.files import check_writable
 from . import extension, generation, service
 from .generation import Generated, Request
 from .job import one_line
@@ -98,11 +99,29 @@ def generate(options: argparse.Namespace) -> int:
 def convert(options: argparse.Namespace) -> int:
     """The `convert` command."""
     from ..generator import formats
+    from . import mesh, preview
 
-    formats.check_suffix(options.output)
-    gaussians = formats.load(options.input)
-    formats.save(gaussians, options.output, metadata=formats.load_metadata(options.input))
-    print(f"{options.output}: {len(gaussians):,} Gaussians")
+    output = Path(options.output)
+    to_mesh = output.suffix.lower() in mesh.SUFFIXES
+    if not to_mesh and output.suffix.lower() not in formats.SUFFIXES:
+        raise InputError(f"{output}: splat files end in {', '.join(formats.SUFFIXES)}, mesh files in {', '.join(mesh.SUFFIXES)}")
+    check_writable(output)
+    gaussians = formats.load(options.input, up=formats.axes.NAMES.get(options.input_axes))
+    if not to_mesh:
+        metadata = formats.load_metadata(options.input)
+        formats.save(gaussians, output, metadata, formats.axes.NAMES[options.output_axes], options.spz_version)
+        print(f"{output}: {len(gaussians):,} Gaussians")
+        return 0
+    settings = mesh.Options(resolution=options.resolution, threshold=options.threshold, faces=options.faces)
+    solid = mesh.prepare(gaussians, settings)
+    import bpy
+
+    scene = preview.empty_scene()
+    object = bpy.data.objects.new(output.stem, mesh.build(solid, output.stem, settings))
+    scene.collection.objects.link(object)
+    with _quiet():
+        mesh.save(object, output)
+    print(f"{output}: {len(object.data.vertices):,} vertices, {len(object.data.polygons):,} faces")
     return 0
 
 
@@ -316,6 +335,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+def _add_axes_options(command: argparse.ArgumentParser) -> None:
+    names = ("z-up", "y-down", "y-up")
+    command.add_argument("--input-axes", choices=names, help="of IN (default: what a .ply states, else z-up)")
+    command.add_argument("--output-axes", choices=names, default="z-up", help="of a splat file OUT (default: z-up, Blender's)")
+    command.add_argument("--spz-version", type=int, default=2, choices=(2, 3, 4), help="of a .spz file OUT (default: 2)")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -347,9 +373,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_image_options(command)
     command.set_defaults(run=generate)
 
-    command = commands.add_parser("convert", help="a splat file to another format", allow_abbrev=False)
+    command = commands.add_parser("convert", help="a splat file to another format, or to a mesh", allow_abbrev=False)
     command.add_argument("input", metavar="IN", help="a .ply, .splat or .spz file")
-    command.add_argument("output", metavar="OUT", help="the file to write; its suffix chooses the format")
+    command.add_argument("output", metavar="OUT", help="the file to write: .ply, .splat, .spz, or a mesh in .glb, .obj, .stl")
+    _add_axes_options(command)
+    command.add_argument("--resolution", type=_positive, default=128, help="of a mesh: cells along its longest side (default: 128)")
+    command.add_argument("--threshold", type=float, default=0.6, help="of a mesh: opacity at its surface (default: 0.6)")
+    command.add_argument("--faces", type=int, default=50_000, help="of a mesh: triangles at most, 0 for all (default: 50000)")
     command.set_defaults(run=convert)
 
     command = commands.add_parser("render", help="a picture of a splat file in Cycles", allow_abbrev=False)

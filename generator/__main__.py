@@ -244,14 +244,18 @@ def _convert(arguments: list[str]) -> None:
     parser = _Parser(prog="python -m generator convert", description="One splat format to another, by suffix.", allow_abbrev=False)
     parser.add_argument("input", metavar="IN", help=".ply, .splat or .spz")
     parser.add_argument("output", metavar="OUT", help=".ply, .splat or .spz")
+    names = ("z-up", "y-down", "y-up")
+    parser.add_argument("--input-axes", choices=names, help="of IN (default: what a .ply states, else z-up)")
+    parser.add_argument("--output-axes", choices=names, default="z-up", help="of OUT; viewers mostly want y-down (default: z-up)")
+    parser.add_argument("--spz-version", type=int, default=2, choices=(2, 3, 4), help="of a .spz file OUT (default: 2)")
     options = parser.parse_args(arguments)
     from .files import check_writable
-    from .formats import check_suffix, load, load_metadata, save
+    from .formats import axes, check_suffix, load, load_metadata, save
 
     check_suffix(options.output)
     check_writable(options.output)
-    gaussians = load(options.input)
-    save(gaussians, options.output, metadata=load_metadata(options.input))
+    gaussians = load(options.input, axes.NAMES.get(options.input_axes))
+    save(gaussians, options.output, load_metadata(options.input), axes.NAMES[options.output_axes], options.spz_version)
     print(f"{options.output}  {len(gaussians)} Gaussians")
 
 

@@ -167,7 +167,7 @@ def test_a_stop_while_writing_leaves_no_half_file(run, extension, fake_model, tm
         (["generate", "--prompt", "a chair", "--out", "{tmp}/empty.txt/deep"], "cannot write to the output folder"),
         (["generate", "--prompt", "a chair", "--model", "{tmp}/nowhere"], "no model in"),
         (["convert", "{tmp}/missing.ply", "{tmp}/out.ply"], "does not exist"),
-        (["convert", "{tmp}/ring.ply", "{tmp}/out.obj"], "splat files end in"),
+        (["convert", "{tmp}/ring.ply", "{tmp}/out.fbx"], "splat files end in"),
         (["render", "{tmp}/missing.ply", "{tmp}/out.png"], "does not exist"),
         (["render", "{tmp}/ring.ply", "{tmp}/out.jpg"], "renders are PNG files"),
         (["render", "{tmp}/ring.ply", "{tmp}/nowhere/out.png"], "does not exist; make it first"),

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from math import radians
+import warnings
 from pathlib import Path
 
 import bpy
-from bpy.props import BoolProperty, EnumProperty, StringProperty
+from bpy.props import BoolProperty, CollectionProperty, EnumProperty, StringProperty
 from bpy_extras.io_utils import ExportHelper, ImportHelper
 
 from ...generator.errors import InputError, WorkError
 from .. import properties, splat_object
 from .generate import select
 
-_GLOB = "*.ply;*.splat;*.spz"
-# Splat programs that reconstruct from photographs mostly keep the first camera's axes: Y down, Z forward.
+_SUFFIXES = (".ply", ".splat", ".spz")
+_GLOB = ";".join(f"*{suffix}" for suffix in _SUFFIXES)
 _UP_AXES = [
-    ("Z", "Z Up", "The file uses Blender's axes, as files of this extension do"),
-    ("-Y", "Y Down", "The file uses a camera's axes, as most reconstructions from photographs do"),
-    ("Y", "Y Up", "The file uses glTF's axes"),
+    ("Z", "Z Up", "Blender's axes, as files of this extension have unless others are chosen"),
+    ("-Y", "Y Down", "A camera's axes, as most reconstructions from photographs have and most splat viewers show upright"),
+    ("Y", "Y Up", "glTF's axes"),
 ]
-_TURNS = {"Z": 0.0, "-Y": radians(-90), "Y": radians(90)}
+_STATED = ("STATED", "As Stated", "What the file states, as a .ply of this extension does; else Blender's axes")
 
 
 class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
-    """Import 3D Gaussians from a .ply, .splat or .spz file"""
+    """Import 3D Gaussians from .ply, .splat or .spz files"""
 
     bl_idname = "gaussian_atlas.import_splats"
     bl_label = "Import Gaussian Splats"
@@ -32,28 +32,55 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
 
     filename_ext = ".ply"
     filter_glob: StringProperty(default=_GLOB, options={"HIDDEN"})
+    files: CollectionProperty(type=bpy.types.OperatorFileListElement, options={"HIDDEN", "SKIP_SAVE"})
+    directory: StringProperty(subtype="DIR_PATH", options={"HIDDEN", "SKIP_SAVE"})
     up_axis: EnumProperty(
-        name="Up Axis", description="The axes of the file; the object is turned, its data stay as they are", items=_UP_AXES
+        name="Up Axis", description="The axes of the file; the object is turned, its data stay as they are", items=[_STATED, *_UP_AXES]
     )
 
+    def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
+        # Files dropped into a window come with their names: ask for the axes alone.
+        return self.invoke_popup(context)
+
     def execute(self, context: bpy.types.Context) -> set[str]:
+        paths = [Path(bpy.path.abspath(self.directory)) / file.name for file in self.files if file.name]
+        paths = paths or [Path(bpy.path.abspath(self.filepath))]
+        objects, errors, total = [], [], 0
+        for path in paths:
+            try:
+                object, notes = self._read(context, path)
+            except (InputError, WorkError) as error:
+                errors.append(str(error))
+                continue
+            objects.append(object)
+            total += len(object.data.points)
+            for note in notes:
+                self.report({"WARNING"}, note)
+        # An error is raised in scripts: it stands for nothing having been imported.
+        for line in errors:
+            self.report({"WARNING"} if objects else {"ERROR"}, line)
+        if not objects:
+            return {"CANCELLED"}
+        select(context, objects)
+        what = objects[0].name if len(objects) == 1 else f"{len(objects)} of {len(paths)} files"
+        self.report({"INFO"}, f"Imported {what}: {total:,} Gaussians")
+        return {"FINISHED"}
+
+    def _read(self, context: bpy.types.Context, path: Path) -> tuple[bpy.types.Object, list[str]]:
+        """The object of a file, and what was left out of it."""
         from ...generator import formats
 
-        path = Path(bpy.path.abspath(self.filepath))
-        try:
-            gaussians = formats.load(path)
-            object = splat_object.write(gaussians, path.stem, context.collection)
-            provenance = properties.provenance_from_metadata(formats.load_metadata(path))
-        except (InputError, WorkError) as error:
-            self.report({"ERROR"}, str(error))
-            return {"CANCELLED"}
-        object.rotation_euler.x = _TURNS[self.up_axis]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            gaussians = formats.load(path, up="Z")
+        object = splat_object.write(gaussians, path.stem, context.collection)
+        up = formats.stated_up(path) if self.up_axis == "STATED" else self.up_axis
+        object.rotation_euler.x = formats.axes.angle(up)
         object.gaussian_atlas.file = str(path)
+        provenance = properties.provenance_from_metadata(formats.load_metadata(path))
         if provenance:
             properties.store_provenance(object, provenance)
-        select(context, [object])
-        self.report({"INFO"}, f"Imported {object.name}: {len(gaussians):,} Gaussians")
-        return {"FINISHED"}
+        return object, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
 class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
@@ -69,6 +96,16 @@ class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
         name="Apply Transform",
         description="Write the splats where they stand in the world instead of in the object's own frame",
         default=False,
+    )
+    up_axis: EnumProperty(name="Up Axis", description="The axes of the file; the splats are turned to them", items=_UP_AXES)
+    spz_version: EnumProperty(
+        name="SPZ Version",
+        description="Of a .spz file",
+        items=[
+            ("2", "2", "Read by the most programs; rotations are kept to about a degree"),
+            ("3", "3", "Rotations are kept to a quarter of a degree"),
+            ("4", "4", "As 3, smaller; read by programs of 2026 and later"),
+        ],
     )
 
     @classmethod
@@ -91,12 +128,27 @@ class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
         provenance = properties.stored_provenance(object)
         try:
             gaussians = splat_object.read(object, world=self.apply_transform)
-            formats.save(gaussians, path, metadata=provenance.as_metadata() if provenance else None)
+            metadata = provenance.as_metadata() if provenance else None
+            formats.save(gaussians, path, metadata=metadata, up=self.up_axis, spz_version=int(self.spz_version))
         except (InputError, WorkError) as error:
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         self.report({"INFO"}, f"Exported {len(gaussians):,} Gaussians to {path}")
         return {"FINISHED"}
+
+
+class SplatFileHandler(bpy.types.FileHandler):
+    """Splat files dropped into a 3D view or the outliner"""
+
+    bl_idname = "GAUSSIAN_ATLAS_FH_splats"
+    bl_label = "Gaussian Splats"
+    bl_import_operator = ImportSplatsOperator.bl_idname
+    bl_export_operator = ExportSplatsOperator.bl_idname
+    bl_file_extensions = ";".join(_SUFFIXES)
+
+    @classmethod
+    def poll_drop(cls, context: bpy.types.Context) -> bool:
+        return context.area is not None and context.area.type in {"VIEW_3D", "OUTLINER"}
 
 
 def _draw_import(self: bpy.types.Menu, context: bpy.types.Context) -> None:
@@ -119,4 +171,4 @@ def remove_from_menus() -> None:
     bpy.types.TOPBAR_MT_file_export.remove(_draw_export)
 
 
-CLASSES = (ImportSplatsOperator, ExportSplatsOperator)
+CLASSES = (ImportSplatsOperator, ExportSplatsOperator, SplatFileHandler)

@@ -32,6 +32,7 @@ class ObjectPanel(SidebarPanel, bpy.types.Panel):
             layout.operator("gaussian_atlas.regenerate", icon="FILE_REFRESH")
         elif object.gaussian_atlas.file:
             layout.label(text=object.gaussian_atlas.file, icon="FILE")
+        layout.operator("gaussian_atlas.to_mesh", icon="MESH_DATA")
         layout.operator("gaussian_atlas.export_splats", icon="EXPORT")
 
 

@@ -12,16 +12,18 @@ from . import axes, ply, splat, spz
 
 SUFFIXES = (".ply", ".splat", ".spz")
 
+_UP = "up_axis"  # in the metadata of a .ply whose axes are not those of Gaussians
 _MODULES = {".ply": ply, ".splat": splat, ".spz": spz}
 
 
-def load(path: str | os.PathLike, up: str = "Z") -> Gaussians:
+def load(path: str | os.PathLike, up: str | None = None) -> Gaussians:
     """Read a splat file: N Gaussians, float32 on the CPU, in the file's own units.
 
     What the file holds beyond a Gaussian with one colour (higher spherical harmonics) is left out with a warning.
 
     Args:
-        up: the axes of the file (axes.UP); they are turned to those of Gaussians. "Z" leaves the data as they are.
+        up: the axes of the file (axes.UP), which are turned to those of Gaussians; "Z" leaves the data as they are. None is
+            what `stated_up` finds.
 
     Raises:
         InputError: missing, of another type, damaged, or without a usable Gaussian.
@@ -29,7 +31,7 @@ def load(path: str | os.PathLike, up: str = "Z") -> Gaussians:
     path = Path(path)
     module = _MODULES[check_suffix(path)]
     with _readable(path):
-        return axes.turn(module.read(path), up, "Z")
+        return axes.turn(module.read(path), up or stated_up(path), "Z")
 
 
 def save(
@@ -39,7 +41,8 @@ def save(
 
     Args:
         metadata: provenance, stored as JSON in a comment of a .ply; the other formats have no place for it.
-        up: the axes of the file (axes.UP): "Z" as the Gaussians are, "-Y" for splat viewers, "Y" as glTF.
+        up: the axes of the file (axes.UP): "Z" as the Gaussians are, "-Y" for splat viewers, "Y" as glTF. A .ply states
+            them in its comment.
         spz_version: of an .spz file, one of spz.VERSIONS.
 
     Raises:
@@ -51,7 +54,7 @@ def save(
     with replacing(path) as temporary:
         match suffix:
             case ".ply":
-                ply.write(turned, temporary, metadata)
+                ply.write(turned, temporary, metadata if up == "Z" else (metadata or {}) | {_UP: up})
             case ".spz":
                 spz.write(turned, temporary, spz_version)
             case _:
@@ -67,7 +70,23 @@ def load_metadata(path: str | os.PathLike) -> dict | None:
     path = Path(path)
     suffix = check_suffix(path)
     with _readable(path):
-        return ply.read_metadata(path) if suffix == ".ply" else None
+        metadata = ply.read_metadata(path) if suffix == ".ply" else None
+    provenance = {key: value for key, value in (metadata or {}).items() if key != _UP}
+    return provenance or None
+
+
+def stated_up(path: str | os.PathLike) -> str:
+    """The axes (axes.UP) that a .ply of `save` states; "Z" for every other file.
+
+    Raises:
+        InputError: missing, or not a splat file.
+    """
+    path = Path(path)
+    suffix = check_suffix(path)
+    with _readable(path):
+        metadata = ply.read_metadata(path) if suffix == ".ply" else None
+    stated = (metadata or {}).get(_UP)
+    return stated if stated in axes.UP else "Z"
 
 
 def check_suffix(path: str | os.PathLike) -> str:
