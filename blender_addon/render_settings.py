@@ -13,8 +13,9 @@ from typing import Any
 
 import bpy
 
-# Rays pass through many translucent splats. Blender's default of 8 leaves holes; below `min` Cycles drops rays at random.
-TRANSPARENT_BOUNCES = 256
+# The most that Cycles takes. Rays pass through many translucent splats: 50 to 200 where an object fills the frame, many
+# hundreds where it is small. The default of 8 leaves holes; beyond the minimum Cycles drops rays at random.
+TRANSPARENT_BOUNCES = 1024
 # By path from the scene, as the user interface names them.
 _LABELS = {
     "view_settings.view_transform": "View transform",

@@ -5,6 +5,7 @@ With GAUSSIAN_ATLAS_EXTENSION_ZIP the tests install and use that zip instead of 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from tests.rendering import painted_torus
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,42 +71,7 @@ def bpy(blender):
 @pytest.fixture
 def torus(extension):
     """torus(count=4096, seed=0): fairly opaque, flat Gaussians on a painted torus, an object of the project's frame."""
-    import numpy as np
-    import torch
-
-    Gaussians = extension("generator.gaussians").Gaussians
-
-    def make(count: int = 4096, seed: int = 0):
-        random = np.random.default_rng(seed)
-        u, v = random.uniform(0, 2 * np.pi, (2, count))
-        ring, tube = 0.36, 0.14
-        normal = np.stack([np.cos(u) * np.cos(v), np.sin(u) * np.cos(v), np.sin(v)], axis=1)
-        means = np.stack([ring * np.cos(u), ring * np.sin(u), np.zeros(count)], axis=1) + tube * normal
-        # A quaternion that turns +Z to the normal, then a random spin about it.
-        half = normal + np.array([0, 0, 1.0])
-        half /= np.linalg.norm(half, axis=1, keepdims=True)
-        spin = random.uniform(0, np.pi, count)
-        turn = np.stack([half[:, 2], -half[:, 1], half[:, 0], np.zeros(count)], axis=1)
-        about = np.stack([np.cos(spin), np.zeros(count), np.zeros(count), np.sin(spin)], axis=1)
-        w1, x1, y1, z1 = turn.T
-        w2, x2, y2, z2 = about.T
-        quaternions = np.stack(
-            [
-                w1 * w2 - x1 * x2 - y1 * y2 - z1 * z2,
-                w1 * x2 + x1 * w2 + y1 * z2 - z1 * y2,
-                w1 * y2 - x1 * z2 + y1 * w2 + z1 * x2,
-                w1 * z2 + x1 * y2 - y1 * x2 + z1 * w2,
-            ],
-            axis=1,
-        )
-        width = np.sqrt(4 * np.pi**2 * ring * tube / count)
-        scales = np.stack([random.uniform(0.5, 0.8, count), random.uniform(0.5, 0.8, count), np.full(count, 0.1)], axis=1) * width
-        colors = 0.5 + 0.45 * np.stack([np.sin(3 * u), np.sin(2 * v + 1), np.cos(u + v)], axis=1)
-        opacities = random.uniform(0.7, 0.98, count)
-        tensors = (torch.tensor(a, dtype=torch.float32) for a in (means, quaternions, scales, opacities, colors))
-        return Gaussians(*tensors)
-
-    return make
+    return functools.partial(painted_torus, extension)
 
 
 class FakePipeline:

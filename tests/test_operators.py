@@ -702,7 +702,7 @@ def test_render_settings_are_set_said_and_put_back(bpy, extension):
     }
     bpy.ops.gaussian_atlas.render_settings()
     assert scene.view_settings.view_transform == "Standard"
-    assert scene.cycles.transparent_max_bounces >= 256 and scene.cycles.min_transparent_bounces >= 256
+    assert scene.cycles.transparent_max_bounces >= 1024 and scene.cycles.min_transparent_bounces >= 1024
     assert settings.changes(scene) == []
     bpy.ops.gaussian_atlas.render_settings()  # a second time must not forget the first values
     bpy.ops.gaussian_atlas.render_settings(restore=True)
@@ -729,15 +729,15 @@ def test_every_stored_setting_comes_back_after_saving(bpy, extension, tmp_path):
     bpy.ops.wm.open_mainfile(filepath=str(tmp_path / "adapted.blend"))
     scene = bpy.context.scene
     said = [str(change) for change in settings.restore(scene)]
-    assert "Transparent bounces: 256 to 12" in said and scene.cycles.transparent_max_bounces == 12
+    assert "Transparent bounces: 1024 to 12" in said and scene.cycles.transparent_max_bounces == 12
 
 
 def test_settings_that_already_fit_are_left_alone(bpy, extension):
     scene = bpy.context.scene
     scene.view_settings.view_transform = "Raw"
-    scene.cycles.transparent_max_bounces = 1000
+    scene.cycles.transparent_max_bounces = 1024
     bpy.ops.gaussian_atlas.render_settings()
-    assert scene.view_settings.view_transform == "Raw" and scene.cycles.transparent_max_bounces == 1000
+    assert scene.view_settings.view_transform == "Raw" and scene.cycles.transparent_max_bounces == 1024
 
 
 def test_generating_changes_no_render_setting(bpy, fake_model, extension):

@@ -168,7 +168,7 @@ def test_display_panel_shows_every_input(bpy, extension, torus):
 
 def test_render_panel_names_every_change(bpy, extension):
     text = " ".join(text for kind, text in draw(bpy, extension, "RenderPanel") if kind == "label")
-    assert "View transform: AgX to Standard" in text and "Transparent bounces: 8 to 256" in text
+    assert "View transform: AgX to Standard" in text and "Transparent bounces: 8 to 1024" in text
     bpy.ops.gaussian_atlas.render_settings()
     drawn = draw(bpy, extension, "RenderPanel")
     assert ("label", "The settings fit splats") in drawn and ("operator", "gaussian_atlas.render_settings") in drawn

@@ -76,6 +76,11 @@ def test_cycles_matches_on_a_rotated_and_stretched_object(bpy, extension, torus,
     assert compare(bpy, extension, torus(4096), cameras, tmp_path / "view.png", matrix, display=display) >= opaque_bound
 
 
+def test_cycles_matches_where_hundreds_of_splats_lie_behind_a_pixel(bpy, extension, torus, tmp_path):
+    cameras = extension("generator.render").Cameras.orbit(count=1, size=40, elevation=35.0)
+    assert compare(bpy, extension, translucent(torus, 8192), cameras, tmp_path / "view.png") >= 55
+
+
 def test_cycles_matches_where_large_translucent_splats_cross(bpy, extension, torus, tmp_path):
     gaussians = torus(60)  # few and wide: the order of crossing splats decides
     gaussians = gaussians.replace(opacities=gaussians.opacities * 0.6)
