@@ -10,7 +10,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from generator.errors import InputError
@@ -19,7 +19,10 @@ from generator.model.text import TextEncoder
 from generator.model.widen import widen_unet
 from tests.tiny_bundle import write_tiny_bundle
 from trainer.base import load_base, text_encoder
-from trainer.finetune import FinetuneConfig, build_unet
+from trainer.finetune import FinetuneConfig, build_unet, going_on
+from trainer.fit import FitConfig
+from trainer.presets import PRESETS, following_base
+from trainer.schedule import schedule_of, scheduler_config
 
 # The topology of Stable Diffusion: four levels of two blocks, attention in all but the last.
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
@@ -197,10 +200,16 @@ def test_a_bundle_is_gone_on_from_with_its_own_schedule_and_text(tmp_path):
     unet, stored = build_unet(config, 384), load_bundle(bundle).load_unet()
     assert all(torch.equal(value, stored.state_dict()[name]) for name, value in unet.state_dict().items())
     assert all(parameter.requires_grad for parameter in unet.parameters())
-    for changes, message in (
-        ({"fold": 2}, "set fold to 4"),
-        ({"prediction_type": "sample"}, "predicts v_prediction"),
-        ({"shift": 3.0}, "trained with other noise"),
-    ):
-        with pytest.raises(InputError, match=message):
+    for changes in ({"fold": 2}, {"prediction_type": "sample"}, {"shift": 3.0}):
+        with pytest.raises(InputError, match="another fold, prediction or noise"):
             build_unet(replace(config, **changes), 384)
+        assert going_on(replace(config, **changes), load_bundle(bundle)) == config
+    preset = following_base(replace(PRESETS["starter"], size=32, fit=FitConfig(count=100), finetune=FinetuneConfig(base=str(bundle))))
+    assert preset.finetune == config and preset.size == 32 and preset.channels == load_bundle(bundle).channels
+
+
+@pytest.mark.parametrize("expected", [(1.0, True), (3.0, True), (2.5, False)])
+def test_a_schedule_is_found_again_from_what_a_bundle_stores(expected):
+    stored = DPMSolverMultistepScheduler.from_config(scheduler_config("sample", *expected)).alphas_cumprod
+    assert schedule_of(stored) == expected
+    assert schedule_of(torch.linspace(0.99, 0.01, 1000)) is None

@@ -37,7 +37,7 @@ def _run(arguments: list[str]) -> int:
         words = name.split()
         if arguments[: len(words)] == words:
             return command(arguments[len(words) :])
-    from .presets import PRESETS
+    from .presets import PRESETS, following_base
     from .stages import STAGES, farm
 
     commands = {**STAGES, "farm": farm}
@@ -68,6 +68,7 @@ def _run(arguments: list[str]) -> int:
         print()
     prog = f"python -m trainer {options.stage} --preset {options.preset}"
     preset = tyro.cli(type(PRESETS[options.preset]), default=PRESETS[options.preset], args=["--help"] if options.help else rest, prog=prog)
+    preset = following_base(preset)
     run = options.runs / preset.name
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from generator.model.widen import widen_unet
 
 from .base import load_base
 from .render_loss import RenderLoss
-from .schedule import alphas_cumprod
+from .schedule import alphas_cumprod, schedule_of
 from .training_data import TrainingData
 
 ATTRIBUTES = ("position", "color", "scale", "rotation")  # the four groups of four channels
@@ -452,11 +452,10 @@ def build_unet(config: FinetuneConfig, text_width: int):
         unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, cross_attention_dim=text_width, **config.unet)
     else:
         base = load_base(config.base)
-        takes = base.bundle.fold if base.bundle else 1
-        if config.fold != takes:
-            raise InputError(f"base {config.base!r} takes atlases with fold {takes}, not {config.fold}: set fold to {takes}")
-        if base.bundle:
-            _check_schedule(config, base.bundle)
+        if base.bundle and config != going_on(config, base.bundle):
+            raise InputError(f"base {config.base!r} was trained with another fold, prediction or noise: keep its settings")
+        if not base.bundle and config.fold != 1:
+            raise InputError("a 2D base takes plain atlases: set fold to 1")
         if base.text_width != text_width:
             raise InputError(f"base {config.base!r} attends to text of width {base.text_width}, the text encoder gives {text_width}")
         unet = base.load_unet() if base.bundle else widen_unet(base.load_unet())
@@ -468,18 +467,19 @@ def build_unet(config: FinetuneConfig, text_width: int):
     return unet
 
 
-def _check_schedule(config: FinetuneConfig, bundle: Bundle) -> None:
-    """A network that goes on must be asked what it was asked before: the same prediction at the same noise."""
+def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
+    """The settings with those of a bundle's network that must stay: the same prediction, at the same noise, of atlases folded alike.
+
+    Raises:
+        InputError: the bundle was trained with a noise schedule that this loop does not have.
+    """
     from diffusers import DPMSolverMultistepScheduler
 
-    theirs = bundle.scheduler_config["prediction_type"]
-    if config.prediction_type != theirs:
-        raise InputError(f"base {config.base!r} predicts {theirs}: set prediction_type to {theirs}")
-    before = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config).alphas_cumprod.double()
-    now = alphas_cumprod(shift=config.shift, zero_terminal_snr=config.zero_terminal_snr)
-    # The last signal rates are stored a little above zero.
-    if len(before) != len(now) or (before - now)[:-1].abs().max() > 1e-3:
-        raise InputError(f"base {config.base!r} was trained with other noise: set shift and zero_terminal_snr as it was")
+    found = schedule_of(DPMSolverMultistepScheduler.from_config(bundle.scheduler_config).alphas_cumprod)
+    if found is None:
+        raise InputError(f"base {config.base!r} was trained with a noise schedule that cannot be gone on with")
+    prediction = bundle.scheduler_config["prediction_type"]
+    return replace(config, fold=bundle.fold, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
 
 
 def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from generator.atlas import ChannelSpec
 from generator.errors import InputError
 
-from .finetune import FinetuneConfig
+from .base import load_base
+from .finetune import FinetuneConfig, going_on
 from .fit import FitConfig
 from .sources import SWEET_HOME_3D, SourceObject
 from .views import ViewSettings
@@ -78,6 +79,19 @@ class Preset:
         if not chosen:
             raise InputError(f"none of {len(objects)} objects passes include and exclude of preset {self.name}")
         return chosen[: self.limit or None]
+
+
+def following_base(preset: Preset) -> Preset:
+    """The preset with the settings of the bundle that it goes on from, where it does: size, projection, channels, and its network's.
+
+    Raises:
+        InputError: the base cannot be read, or the preset's fits have more Gaussians than its atlas has cells.
+    """
+    bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
+    if bundle is None:
+        return preset
+    layout = {"size": bundle.layout.size, "projection": bundle.layout.projection, "channels": bundle.channels}
+    return replace(preset, **layout, finetune=going_on(preset.finetune, bundle))
 
 
 def _unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int, heads: int = 8) -> dict:

@@ -37,3 +37,21 @@ def scheduler_config(prediction_type: str, shift: float, zero_terminal_snr: bool
         "solver_order": 2,
         "timestep_spacing": "trailing",
     }
+
+
+def schedule_of(signal_rates: Tensor) -> tuple[float, bool] | None:
+    """The (shift, zero_terminal_snr) with which `alphas_cumprod` gives these cumulative signal rates [steps]; None if none does.
+
+    The last rate is not looked at: solvers keep it above zero.
+    """
+    rates = signal_rates.double()
+    middle = len(rates) // 2
+    for zero_terminal_snr in (True, False):
+        low, high = 0.01, 100.0
+        for _ in range(60):  # more shift is more noise, so halving finds it
+            shift = (low * high) ** 0.5
+            low, high = (shift, high) if alphas_cumprod(len(rates), shift, zero_terminal_snr)[middle] > rates[middle] else (low, shift)
+        shift = round((low * high) ** 0.5, 3)
+        if (alphas_cumprod(len(rates), shift, zero_terminal_snr) - rates)[:-1].abs().max() < 1e-3:
+            return shift, zero_terminal_snr
+    return None
