@@ -48,7 +48,7 @@ class Layout:
         return SimpleNamespace()
 
 
-def draw(bpy, extension, panel):
+def draw(bpy, extension, panel, shading=None):
     layout = Layout(bpy)
     context = SimpleNamespace(
         scene=bpy.context.scene,
@@ -56,6 +56,7 @@ def draw(bpy, extension, panel):
         active_object=bpy.context.active_object,
         preferences=bpy.context.preferences,
         region=None,
+        space_data=SimpleNamespace(type="VIEW_3D", shading=SimpleNamespace(type=shading)) if shading else None,
     )
     cls = next(cls for cls in extension("blender_addon.panels").CLASSES if cls.__name__ == panel)
     if hasattr(cls, "poll") and not cls.poll(context):
@@ -164,6 +165,18 @@ def test_display_panel_shows_every_input(bpy, extension, torus):
     drawn = draw(bpy, extension, "DisplayPanel")
     assert [name for kind, name in drawn if kind == "prop"] == [inputs.place(modifier, name)[1] for name in inputs.names(modifier)]
     assert ("operator", "gaussian_atlas.add_crop_box") in drawn
+
+
+@pytest.mark.parametrize(("shading", "offered"), [("SOLID", True), ("WIREFRAME", True), ("MATERIAL", False), ("RENDERED", False)])
+def test_colours_are_offered_where_the_view_lacks_them(bpy, extension, torus, shading, offered):
+    bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(torus(5))
+    assert (("operator", "gaussian_atlas.show_colors") in draw(bpy, extension, "ObjectPanel", shading)) is offered
+    space = next(area for area in bpy.data.screens[0].areas if area.type == "VIEW_3D").spaces[0] if bpy.data.screens else None
+    if space:
+        space.shading.type = shading
+        operator = extension("blender_addon.operators.show_colors").ShowColorsOperator
+        operator.execute(SimpleNamespace(), SimpleNamespace(space_data=space))
+        assert space.shading.type == "MATERIAL"
 
 
 def test_render_panel_names_every_change(bpy, extension):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import base, edit, files, generate, mesh, model, prompts, render_settings, splat_object
+from . import base, edit, files, generate, mesh, model, prompts, render_settings, show_colors, splat_object
 
-_MODULES = (base, generate, edit, files, mesh, model, prompts, render_settings, splat_object)
+_MODULES = (base, generate, edit, files, mesh, model, prompts, render_settings, show_colors, splat_object)
 CLASSES = tuple(cls for module in _MODULES for cls in module.CLASSES)

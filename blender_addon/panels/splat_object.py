@@ -5,6 +5,7 @@ from __future__ import annotations
 import bpy
 
 from .. import properties, splat_object
+from ..operators import show_colors
 from ..splat_object import inputs, node_group
 from .common import SidebarPanel
 
@@ -21,6 +22,8 @@ class ObjectPanel(SidebarPanel, bpy.types.Panel):
         layout = self.layout
         object = context.active_object
         layout.label(text=f"{len(object.data.points):,} Gaussians", icon="OUTLINER_OB_POINTCLOUD")
+        if show_colors.needed(context):
+            layout.operator("gaussian_atlas.show_colors", icon="SHADING_TEXTURE")
         provenance = properties.stored_provenance(object)
         if provenance:
             column = layout.column(align=True)
