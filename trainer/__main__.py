@@ -38,9 +38,9 @@ def _run(arguments: list[str]) -> int:
         if arguments[: len(words)] == words:
             return command(arguments[len(words) :])
     from .presets import PRESETS, following_base
-    from .stages import STAGES, farm
+    from .stages import STAGES, farm, pretrain
 
-    commands = {**STAGES, "farm": farm}
+    commands = {**STAGES, "farm": farm, "pretrain": pretrain}
     names = (*commands, "train")
     parser = argparse.ArgumentParser(
         prog="python -m trainer",

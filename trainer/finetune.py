@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from generator.atlas import CHANNELS
 from generator.errors import InputError, WorkError
 from generator.model.bundle import Bundle
 from generator.model.folding import fold, unfold
@@ -150,7 +151,7 @@ class Trainer:
         processes = self.accelerator.num_processes
         if config.batch_size % processes:
             raise InputError(f"batch_size {config.batch_size} cannot be shared by {processes} processes: make it a multiple")
-        self.unet = build_unet(config, data.text_width).to(self.device, memory_format=torch.channels_last)
+        self.unet = build_unet(config, data.text_width, data.channels).to(self.device, memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trainable = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -171,8 +172,8 @@ class Trainer:
         self.mean_loss, self.lowest = 0.0, float("inf")
         self.alphas = alphas_cumprod(shift=config.shift, zero_terminal_snr=config.zero_terminal_snr).float().to(self.device)
         self.train_rows, self.validation_rows = data.split(config.validation_share)
-        weights = torch.tensor(config.channel_weights).repeat_interleave(4)
-        self.channel_weights = (weights / weights.mean()).reshape(1, 16, 1, 1).to(self.device)
+        weights = torch.tensor(config.channel_weights).repeat_interleave(4) if data.channels == CHANNELS else torch.ones(data.channels)
+        self.channel_weights = (weights / weights.mean()).reshape(1, -1, 1, 1).to(self.device)
         self.render_loss = None
         if config.renders:
             if data.decoding is None:
@@ -438,15 +439,18 @@ def checkpoints(directory: str | Path) -> list[Path]:
     return sorted(path for path in Path(directory).glob("checkpoint-*") if (path / "state.json").is_file())
 
 
-def build_unet(config: FinetuneConfig, text_width: int):
+def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS):
     """The UNet to train: a widened base, or `config.unet` from random weights; with a rank, its low-rank additions alone are trainable.
+
+    Args:
+        channels: of what it is trained on; a base is widened to those of an atlas.
 
     Raises:
         InputError: the base cannot be read, or its text width is not that of the text encoder.
     """
     from diffusers import UNet2DConditionModel
 
-    channels = 16 * config.fold**2
+    channels = channels * config.fold**2
     torch.manual_seed(config.seed)
     if not config.base:
         unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, cross_attention_dim=text_width, **config.unet)
@@ -482,9 +486,9 @@ def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
     return replace(config, fold=bundle.fold, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
 
 
-def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int):
+def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS):
     """The averaged network of a checkpoint, low-rank additions merged into it."""
-    unet = build_unet(config, text_width)
+    unet = build_unet(config, text_width, channels)
     averaged = safetensors.torch.load_file(checkpoint / "ema.safetensors")
     unet.load_state_dict(averaged, strict=not config.lora_rank)
     if config.lora_rank:

@@ -55,6 +55,8 @@ class Preset:
     gpus: float = 0.0  # share of a GPU that each object takes on a Ray cluster; on this machine fits use CUDA where there is one
     views: ViewSettings = field(default_factory=ViewSettings)
     fit: FitConfig = field(default_factory=FitConfig)
+    pretrain: FinetuneConfig = field(default_factory=FinetuneConfig)  # of a small 2D base: the stage `pretrain`, which `train` leaves out
+    pretrain_size: int = 32  # pixels of its pictures
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     prompts: tuple[str, ...] = ("an armchair", "a lamp", "a car", "a plant")  # drawn by the evaluation
     steps: int = 20  # sampling steps of the bundle
@@ -117,6 +119,15 @@ PRESETS = {
         views=ViewSettings(train=16, held_out=2, size=96, samples=8),
         fit=FitConfig(count=1024, steps=120),
         minimum_psnr=15.0,
+        pretrain=FinetuneConfig(
+            unet=_unet((64, 128, 128), (False, False, True), size=32),
+            batch_size=16,
+            learning_rate=5e-4,
+            ema_decay=0.99,
+            max_steps=1_000,
+            decay_steps=300,
+            checkpoint_every=500,
+        ),
         finetune=FinetuneConfig(
             unet=_unet((64, 128, 128), (False, False, True), size=16),
             fold=2,

@@ -350,6 +350,15 @@ def finetune(preset: Preset, run: Path) -> None:
         pass
 
 
+def pretrain(preset: Preset, run: Path) -> None:
+    """Train a small 2D base on the rendered views; `--finetune.base RUN/base` then starts from it."""
+    from .pretrain import pretrain as train_base
+
+    device = "auto" if torch.cuda.is_available() else "cpu"
+    base = train_base(preset.pretrain, run / "views", preset.pretrain_size, run, device)
+    _say(f"pretrain: {base}")
+
+
 def training_data(preset: Preset, run: Path) -> TrainingData:
     """The shards, normalised as they are read, with the text features of their captions."""
     layout = AtlasLayout.load_default(preset.size, preset.projection)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization
+from generator.atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization
 from generator.errors import InputError
 from generator.model.text import TextEncoder
 
@@ -63,6 +63,7 @@ class TrainingData:
     unconditional: Tensor  # [L, D] float32, what stands for no prompt
     decoding: Decoding | None = None  # needed by losses on renders
     encoder: TextEncoder | None = field(default=None, compare=False)
+    channels: int = CHANNELS  # of an atlas; a 2D base has 4
 
     def __post_init__(self) -> None:
         if not len(self.atlases):

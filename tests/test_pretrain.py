@@ -1,0 +1,68 @@
+"""The small 2D base: pictures from views, a run that resumes, and a folder that is widened like any other base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from generator.errors import InputError
+from generator.model.widen import widen_unet
+from tests.sphere import sphere_views
+from tests.test_base import four_copies_agree
+from tests.test_finetune import CONFIG, UNET
+from trainer.base import load_base, text_encoder
+from trainer.finetune import FinetuneConfig, build_unet
+from trainer.pretrain import pictures, pretrain
+from trainer.views import RECORDS, views_path
+
+BASE = replace(CONFIG, unet={**UNET, "sample_size": 16}, max_steps=4, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("views")
+    made = sphere_views(48)
+    credit = {"creator": "Ada", "licence": "CC-BY-3.0", "library": "Balls", "status": "ok"}
+    with open(folder / RECORDS, "w") as file:
+        for name in ("red", "blue"):
+            made.save(views_path(folder, name))
+            file.write(json.dumps({"id": name, "name": name, "captions": [f"a {name} ball", "a ball"], **credit}) + "\n")
+        file.write(json.dumps({"id": "lost", "name": "lost", "captions": ["nothing"], "status": "failed"}) + "\n")
+    return folder
+
+
+def test_pictures_are_the_views_averaged_and_premultiplied(views):
+    found = pictures(views, 16, BASE)
+    rgba = sphere_views(48).rgba.astype(np.float64) / 255
+    assert found.channels == 4 and len(found.atlases) == 2 * len(rgba) and found.ids[0] == "red" and found.ids[-1] == "blue"
+    block = rgba[3, 9:12, 15:18]  # the pixels under row 3 and column 5 of the small picture
+    expected = np.append((block[..., :3] * block[..., 3:]).mean((0, 1)), block[..., 3].mean())
+    assert (found.atlases[3, :, 3, 5].float().numpy() + 1) / 2 == pytest.approx(expected, abs=1e-3)
+    assert found.captions[0] == [0, 1] and found.captions[-1] == [2, 1]
+
+
+def test_a_base_of_our_own_is_widened_as_any_other(views, tmp_path):
+    pretrain(replace(BASE, max_steps=2), views, 16, tmp_path)
+    folder = pretrain(BASE, views, 16, tmp_path)  # goes on
+    base = load_base(folder)
+    assert base.prediction_type == "v_prediction" and base.licence == "CC-BY-3.0" and base.text_width == 384
+    card = (folder / "README.md").read_text()
+    assert "Balls" in card and "Ada" in card and "4 steps of 4" in card and str(tmp_path) not in card
+    assert four_copies_agree(base.load_unet().eval(), widen_unet(base.load_unet().eval())) < 1e-4
+    assert text_encoder("", base, "zeros").width == 384, "without an encoder of its own it knows MiniLM"
+    wide = build_unet(FinetuneConfig(base=str(folder)), 384)
+    assert wide.config.in_channels == 16
+    assert torch.equal(
+        wide.state_dict()["mid_block.resnets.0.conv1.weight"], base.load_unet().state_dict()["mid_block.resnets.0.conv1.weight"]
+    )
+
+
+def test_missing_and_too_small_views_are_named(views, tmp_path):
+    with pytest.raises(InputError, match="run `python -m trainer views` first"):
+        pictures(tmp_path, 16, BASE)
+    with pytest.raises(InputError, match="views of 48 pixels: pictures of 64"):
+        pictures(views, 64, BASE)

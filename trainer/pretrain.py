@@ -1,0 +1,104 @@
+"""A small 2D base of our own: a latent-diffusion UNet of 4 channels, pretrained on captioned renders.
+
+It stands where Stable Diffusion's UNet stands in the paper, so that what the paper claims of a pretrained 2D model can be tried on
+a CPU: an RGBA picture plays the part of the latent, and the folder that comes out is widened as any other base.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from generator.errors import InputError
+from generator.files import replacing_folder
+
+from .base import text_encoder
+from .finetune import FinetuneConfig, Trainer, checkpoints, trained_unet
+from .schedule import scheduler_config
+from .sources import SourceObject, credits
+from .training_data import CaptionFeatures, TrainingData
+from .views import Views, read_records, views_path
+
+# Red, green and blue times alpha, and alpha, in -1..1: what a latent has in channels.
+CHANNELS = 4
+
+
+def pictures(directory: str | Path, size: int, config: FinetuneConfig) -> TrainingData:
+    """All views of a folder as pictures [4, size, size], with the captions of their objects.
+
+    Args:
+        directory: of `trainer.views`.
+        size: pixels, image side; the views are averaged down to it.
+
+    Raises:
+        InputError: there are no views, or they are smaller than `size`.
+    """
+    records = _rendered(directory)
+    if not records:
+        raise InputError(f"no views in {directory}: run `python -m trainer views` first")
+    texts: dict[str, int] = {}
+    parts, captions, ids = [], [], []
+    for record in records:
+        rgba = Views.load(views_path(directory, record["id"])).rgba
+        if rgba.shape[1] < size:
+            raise InputError(f"{record['id']} has views of {rgba.shape[1]} pixels: pictures of {size} need as many at least")
+        parts.append(_picture(torch.from_numpy(rgba), size))
+        rows = [texts.setdefault(caption, len(texts)) for caption in record["captions"]]
+        captions += [rows] * len(rgba)
+        ids += [record["id"]] * len(rgba)
+    encoder = text_encoder(config.text_encoder, None, config.unconditional)
+    features = CaptionFeatures(encoder, list(texts))
+    return TrainingData(torch.cat(parts), captions, features, ids, encoder.unconditional(1).hidden[0], encoder=encoder, channels=CHANNELS)
+
+
+def _rendered(directory: str | Path) -> list[dict]:
+    return [record for record in read_records(directory) if views_path(directory, record["id"]).is_file()]
+
+
+def _picture(rgba: Tensor, size: int) -> Tensor:
+    """[V, 4, size, size] float16 of views [V, H, W, 4] in 0..255."""
+    values = rgba.permute(0, 3, 1, 2).float() / 255
+    values = torch.cat([values[:, :3] * values[:, 3:], values[:, 3:]], dim=1)
+    return (2 * adaptive_avg_pool2d(values, size) - 1).half()
+
+
+def pretrain(config: FinetuneConfig, directory: str | Path, size: int, run: Path, device: str = "cpu") -> Path:
+    """Train on the views of a folder, go on where an earlier call stopped, and write the base to `run`/base in diffusers' layout.
+
+    Raises:
+        InputError: no views, or other settings than those of the checkpoints there.
+        WorkError: the run is lost.
+    """
+    data = pictures(directory, size, config)
+    trainer = Trainer(config, data, run / "pretrain", device)
+    trainer.resume()
+    for _ in trainer.run():
+        pass
+    if trainer.accelerator.is_main_process:
+        unet = trained_unet(config, checkpoints(run / "pretrain")[-1], data.text_width, CHANNELS)
+        with replacing_folder(run / "base") as folder:
+            unet.save_pretrained(folder / "unet")
+            (folder / "scheduler").mkdir()
+            schedule = scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr)
+            (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1) + "\n")
+            (folder / "README.md").write_text(_card(_rendered(directory), len(data.atlases), config, size), encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    return run / "base"
+
+
+def _card(records: list[dict], count: int, config: FinetuneConfig, size: int) -> str:
+    licences = sorted({record.get("licence") or "unknown" for record in records})
+    kept = [licence for licence in licences if not licence.startswith("CC0")] or ["CC0-1.0"]
+    known = [
+        SourceObject(id=record["id"], path=Path(), **{key: record.get(key) or "" for key in ("name", "creator", "licence", "library")})
+        for record in records
+    ]
+    return (
+        f"---\nlicense: {'-and-'.join(kept).replace(' ', '-')}\n---\n\n# A small 2D base\n\n"
+        f"A UNet of {CHANNELS} channels (colour times alpha, alpha) that draws pictures of {size} x {size} pixels from text, trained for "
+        f"{config.max_steps} steps of {config.batch_size} on {count} renders of {len(records)} objects.\n\n{credits(known)}\n"
+    )
