@@ -1,23 +1,19 @@
-"""Edits of generated objects, as a request carries them and an object remembers them. Knows nothing of Blender."""
+"""Sampling that starts from an object, as a request carries it. Knows nothing of Blender."""
 
 from __future__ import annotations
 
-import base64
-import json
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..generator import records
 from ..generator.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..generator.gaussians import Gaussians
-
-VARIATION, INPAINTING, MORPH = "variation", "inpainting", "morph"
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,7 @@ class Edit:
 
     def to_json(self) -> str:
         """What an object remembers of the edit that made it."""
-        kind = VARIATION if self.cells is None else INPAINTING
-        record: dict[str, Any] = {"kind": kind, "strength": self.strength, "source": self.source}
-        if self.cells is not None:
-            record["cells"] = _pack(self.cells)
-        return json.dumps(record, sort_keys=True)
+        return records.of_edit(self.source, self.strength, self.cells)
 
     @classmethod
     def from_json(cls, text: str) -> Edit:
@@ -85,52 +77,4 @@ class Edit:
         Raises:
             InputError: the text is not what `to_json` writes.
         """
-        record = parse(text)
-        if record.get("kind") not in (VARIATION, INPAINTING):
-            raise InputError(f"an object made by {record.get('kind') or 'an unknown edit'} cannot be made again by sampling")
-        try:
-            cells = _unpack(record["cells"]) if "cells" in record else None
-            return cls(dict(record["source"]), float(record["strength"]), cells)
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
-            raise InputError(f"the object's record of its edit is damaged ({type(error).__name__})") from error
-
-
-def parse(text: str) -> dict[str, Any]:
-    """The record of an edit; {} where there is none or it is not readable."""
-    try:
-        record = json.loads(text) if text else {}
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def describe(text: str) -> str:
-    """An edit in a few words; "" for none."""
-    record = parse(text)
-    match record.get("kind"):
-        case "variation":
-            return f"Variation, strength {record.get('strength', 0):g}, of {_origin(record)}"
-        case "inpainting":
-            return f"Some cells anew, strength {record.get('strength', 0):g}, in {_origin(record)}"
-        case "morph":
-            return "Morph"
-    return ""
-
-
-def _origin(record: dict[str, Any]) -> str:
-    source = record.get("source") or {}
-    return f"\u201c{source.get('prompt', '')}\u201d, seed {source.get('seed', 0)}"
-
-
-def _pack(cells: np.ndarray) -> str:
-    """Bits of the cells, compressed: neighbouring splats are neighbouring cells."""
-    bits = np.zeros(int(cells.max()) + 1, np.uint8)
-    bits[cells] = 1
-    return base64.b64encode(zlib.compress(np.packbits(bits).tobytes(), 9)).decode()
-
-
-def _unpack(text: str) -> np.ndarray:
-    packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
-    return np.nonzero(np.unpackbits(packed))[0].astype(np.int64)
+        return cls(*records.parse_edit(text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import bpy
 from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
@@ -10,6 +10,10 @@ from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty,
 from ..generator.errors import InputError
 from . import extension, history, service, vocabulary
 from .generation import SEED_MAX, Provenance
+from .splat_object import cells as _cells
+
+# Of a record of edits that a file carries: a .ply has room for 8,000 characters, and quotes in it count twice.
+_EDIT_LIMIT = 4000
 
 _SUGGESTIONS_MAX = 30
 
@@ -126,6 +130,26 @@ def stored_provenance(object: bpy.types.Object) -> Provenance | None:
     found = {field.name: getattr(stored, field.name) for field in fields(Provenance)}
     # Blender keeps single precision: 3.7 would come back as 3.700000047683716.
     return Provenance(**{name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()})
+
+
+def metadata(object: bpy.types.Object, moved: bool = False) -> dict | None:
+    """What an exported file says of an object; None where it was not generated.
+
+    A file has no place for the cells of its splats: it names their layout where splat i is cell i, which an object is as long as none is
+    deleted.
+
+    Args:
+        moved: the file holds the splats elsewhere than the object's own frame does.
+    """
+    provenance = stored_provenance(object)
+    if provenance is None:
+        return None
+    found = _cells.stored(object)
+    if moved or found is None or not (found == range(len(found))).all():
+        provenance = replace(provenance, layout_id="")
+    if len(provenance.edit) > _EDIT_LIMIT:
+        provenance = replace(provenance, edit="")
+    return provenance.as_metadata()
 
 
 def provenance_from_metadata(metadata: dict | None) -> Provenance | None:

@@ -15,16 +15,24 @@ import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import Cancelled, InputError, WorkError
+
+if TYPE_CHECKING:
+    from .gaussians import Gaussians
+    from .model.pipeline import GaussianAtlasPipeline
 
 PROGRAM = "gaussian-atlas"
 STARTER = Path(__file__).resolve().parent.parent / "models" / "starter"
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 PREVIEW_SIZE = 512  # pixels
+# Of a record of edits: a .ply has room for 8,000 characters of provenance, and quotes in it count twice.
+_RECORD_LIMIT = 4000
 # What the arguments of the pipeline are called here.
 _OPTIONS = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_samples_per_prompt": "--count", "seed": "--seed"}
+_OPTIONS |= {"mix_prompt": "--mix", "mix_weight": "--mix-weight", "strength": "--strength"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,6 +89,17 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 20)")
     parser.add_argument("--guidance", type=float, help="how strictly the prompt is followed; 1 is off (default: the model's, usually 3.5)")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what the object should not be")
+    parser.add_argument("--mix", metavar="PROMPT", help="a second prompt: the object comes to lie between both")
+    parser.add_argument("--mix-weight", type=float, default=0.5, metavar="W", help="of the second prompt, 0 to 1 (default: 0.5)")
+    parser.add_argument("--init", metavar="FILE.ply", help="start from this object, which was generated: a variation of it")
+    parser.add_argument("--strength", type=float, metavar="S", help="how far from --init, 0 to 1 (default: 0.5, with --box 1)")
+    parser.add_argument(
+        "--box",
+        type=float,
+        nargs=6,
+        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+        help="make only the Gaussians of --init in this box anew and keep the others",
+    )
     parser.add_argument("--count", type=int, default=1, help="number of objects (default: 1)")
     parser.add_argument("--model", default=str(STARTER), metavar="DIR", help="model folder or hub id (default: the starter model)")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: auto)")
@@ -97,10 +116,23 @@ def _generate(arguments: list[str]) -> None:
     from .model.pipeline import GaussianAtlasPipeline, check_arguments
 
     try:
-        check_arguments(options.prompt, options.negative, options.seed, options.steps, options.guidance, options.count)
+        check_arguments(
+            options.prompt,
+            options.negative,
+            options.seed,
+            options.steps,
+            options.guidance,
+            options.count,
+            mix_prompt=options.mix,
+            mix_weight=options.mix_weight,
+            strength=options.strength,
+        )
     except InputError as error:
         argument, _, rest = str(error).partition(" ")
         raise InputError(f"{_OPTIONS.get(argument, argument)} {rest}") from error
+    if options.init is None and (options.strength is not None or options.box is not None):
+        raise InputError("--strength and --box need --init, the object to start from")
+    source = None if options.init is None else _source(Path(options.init))
     outputs, previews = _numbered(options.output, options.count), [None] * options.count
     if options.preview is not None:
         if Path(options.preview).suffix.lower() != ".png":
@@ -111,6 +143,7 @@ def _generate(arguments: list[str]) -> None:
 
     _say(f"loading {options.model}")
     pipeline = GaussianAtlasPipeline.from_pretrained(options.model, device=options.device)
+    edit, record = ({}, "") if source is None else _edit(pipeline, *source, options.strength, options.box)
     from tqdm import tqdm
 
     bar = tqdm(desc="sampling", unit="step", file=sys.stderr, disable=None)
@@ -128,6 +161,9 @@ def _generate(arguments: list[str]) -> None:
             guidance_scale=options.guidance,
             num_samples_per_prompt=options.count,
             callback=progress,
+            mix_prompt=options.mix,
+            mix_weight=options.mix_weight,
+            **edit,
         )
     seconds = {"load": pipeline.load_seconds} | result.seconds
     provenance = {
@@ -138,6 +174,11 @@ def _generate(arguments: list[str]) -> None:
         "model_name": pipeline.info["name"],
         "model_hash": pipeline.model_hash,
         "program_version": program_version(),
+        "mix_prompt": options.mix or "",
+        "mix_weight": options.mix_weight,
+        "layout_id": pipeline.layout.id,
+        "low_pass": pipeline.low_pass,
+        "edit": record,
     }
     pictures = []
     if options.preview is not None:
@@ -156,6 +197,49 @@ def _generate(arguments: list[str]) -> None:
     seconds["write"] = time.perf_counter() - before
     seconds["total"] = time.perf_counter() - started
     _report(options, pipeline, result, outputs, previews, provenance, {stage: round(value, 3) for stage, value in seconds.items()})
+
+
+def _source(path: Path) -> tuple[Gaussians, dict]:
+    """The object to start from and its provenance.
+
+    Raises:
+        InputError: it cannot be read, or does not say which cell each Gaussian is.
+    """
+    from .formats import load, load_metadata, stated_up
+
+    gaussians, provenance = load(path, up=stated_up(path)), load_metadata(path)
+    if not (provenance or {}).get("layout_id"):
+        raise InputError(f"--init {path}: the file does not say which cells its Gaussians are; generate the object again, to a .ply")
+    return gaussians, provenance
+
+
+def _edit(
+    pipeline: GaussianAtlasPipeline, gaussians: Gaussians, provenance: dict, strength: float | None, box: list[float] | None
+) -> tuple[dict, str]:
+    """What a pipeline's call gets to start from an object, and the record of it.
+
+    Raises:
+        InputError: the object is of another model's layout, or the box holds none of it.
+    """
+    import torch
+
+    from . import records
+
+    if provenance["layout_id"] != pipeline.layout.id:
+        raise InputError("--init was made by a model of another layout: take the model that made it")
+    atlas = pipeline.encode(gaussians, low_pass=float(provenance.get("low_pass", 0.0)))
+    strength = (0.5 if box is None else 1.0) if strength is None else strength
+    mask, cells = None, None
+    if box is not None:
+        low, high = torch.tensor(box).reshape(2, 3)
+        inside = ((gaussians.means >= low) & (gaussians.means <= high)).all(1).nonzero()[:, 0]
+        if not len(inside):
+            raise InputError("--box holds none of the object; it is about 1 long and stands round 0, 0, 0")
+        mask = torch.zeros(pipeline.layout.count, dtype=torch.bool)
+        mask[inside] = True
+        mask, cells = mask.reshape(pipeline.layout.size, pipeline.layout.size), inside.numpy()
+    record = records.of_edit(provenance, strength, cells)
+    return {"init_atlas": atlas, "strength": strength, "mask": mask}, record if len(record) <= _RECORD_LIMIT else ""
 
 
 def _report(options, pipeline, result, outputs, previews, provenance, seconds) -> None:

@@ -171,6 +171,13 @@ def test_provenance_of_an_edit_travels_in_a_file(bpy, model, lamp, extension, tm
         for key, value in provenance.as_metadata().items()
         if key not in ("mix_prompt", "mix_weight", "layout_id", "low_pass", "edit")
     }
+    # The file holds the cells in order, so the object can be edited further.
+    assert bpy.ops.gaussian_atlas.vary(strength=0.2, seed=3, count=1) == {"FINISHED"}
+    delete(bpy, bpy.context.active_object, [4])
+    bpy.ops.gaussian_atlas.export_splats(filepath=str(tmp_path / "cut.ply"))
+    bpy.ops.gaussian_atlas.import_splats(filepath=str(tmp_path / "cut.ply"))
+    assert bpy.context.active_object.gaussian_atlas.prompt == "a lamp"
+    assert not bpy.ops.gaussian_atlas.vary.poll(), "which cell a splat is cannot be told any more"
     read = extension("blender_addon.properties").provenance_from_metadata(old)
     assert read.prompt == "a lamp" and read.edit == "" and read.layout_id == ""
 
@@ -420,7 +427,7 @@ def test_a_morph_renders(bpy, model, pair, extension, tmp_path):
 def test_the_panel_shows_what_can_be_done(bpy, model, pair, extension):
     edit = extension("blender_addon.panels.edit").EditPanel
     assert edit.poll(bpy.context)
-    describe = extension("blender_addon.edits").describe
+    describe = extension("generator.records").describe
     bpy.ops.gaussian_atlas.vary(strength=0.3, seed=1, count=1)
     assert describe(bpy.context.active_object.gaussian_atlas.edit) == "Variation, strength 0.3, of \u201ca red car\u201d, seed 6"
     assert describe("") == describe("no JSON") == ""

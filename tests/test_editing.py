@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from generator.__main__ import main
 from generator.atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, from_atlas, in_cells, morph
 from generator.errors import Cancelled, InputError
+from generator.formats import load, load_metadata, save
 from generator.gaussians import Gaussians
 from generator.model.folding import fold, unfold
 from generator.model.pipeline import GaussianAtlasPipeline
+from generator.records import describe, of_edit, of_morph, parse_edit
 from tests.test_pipeline import exact_pipeline
 from tests.tiny_bundle import INFO, layout, normalization, write_tiny_bundle
 
@@ -20,8 +24,13 @@ COUNT = 32 * 32
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> GaussianAtlasPipeline:
-    return GaussianAtlasPipeline.from_pretrained(write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"), device="cpu")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny: Path) -> GaussianAtlasPipeline:
+    return GaussianAtlasPipeline.from_pretrained(tiny, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +329,55 @@ def test_in_cells_sorts() -> None:
     gaussians = some(COUNT, 0)
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
     assert torch.equal(in_cells(gaussians[order], order, layout()).means, gaussians.means)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_edits_from_the_command_line(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: object) -> int:
+        return main([*map(str, arguments), "--model", str(tiny), "--steps", "3"])
+
+    lamp, car, again = tmp_path / "lamp.ply", tmp_path / "car.ply", tmp_path / "again.ply"
+    assert run("a lamp", "--output", lamp, "--mix", "a red car", "--mix-weight", 0.2) == 0
+    metadata = load_metadata(lamp)
+    assert (metadata["mix_prompt"], metadata["mix_weight"], metadata["layout_id"]) == ("a red car", 0.2, layout().id)
+    assert run("a red car", "--output", car, "--init", lamp, "--seed", 7, "--box", -2, -2, 0, 2, 2, 2) == 0
+    before, after = load(lamp), load(car)
+    inside = before.means[:, 2] >= 0
+    assert 0 < inside.sum() < COUNT
+    torch.testing.assert_close(after.means[~inside], before.means[~inside], atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.covariances()[~inside], before.covariances()[~inside], atol=1e-6, rtol=1e-3)
+    assert ((after.means - before.means)[inside].abs().amax(1) > 1e-3).float().mean() > 0.9
+    source, strength, cells = parse_edit(load_metadata(car)["edit"])
+    assert (source["prompt"], strength) == ("a lamp", 1.0) and torch.equal(torch.from_numpy(cells), inside.nonzero()[:, 0])
+    # An edited object can be edited again.
+    assert run("a lamp", "--output", again, "--init", car, "--strength", 0) == 0
+    torch.testing.assert_close(load(again).means, after.means, atol=1e-5, rtol=0)
+    assert describe(load_metadata(again)["edit"]) == "Variation, strength 0, of \u201ca red car\u201d, seed 7"
+
+    save(before, tmp_path / "plain.ply")
+    for arguments, message in (
+        (("--strength", 0.5), "need --init"),
+        (("--init", tmp_path / "plain.ply"), "does not say which cells"),
+        (("--init", tmp_path / "no.ply"), "does not exist"),
+        (("--init", lamp, "--strength", 1.5), "--strength must be"),
+        (("--init", lamp, "--box", 9, 9, 9, 10, 10, 10), "--box holds none"),
+        (("--mix", ""), "--mix must be"),
+    ):
+        capsys.readouterr()
+        assert run("a lamp", "--output", tmp_path / "none.ply", *arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error and not (tmp_path / "none.ply").exists()
+
+
+def test_records_survive_and_damage_is_told() -> None:
+    cells = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:1500].sort().values.numpy()
+    source, strength, found = parse_edit(of_edit({"prompt": "a lamp"}, 0.25, cells))
+    assert (source, strength) == ({"prompt": "a lamp"}, 0.25) and (found == cells).all()
+    assert parse_edit(of_edit({}, 0.5))[2] is None
+    for text in ("", "no JSON", "[]", '{"kind": "variation"}', '{"kind": "inpainting", "source": {}, "strength": 1, "cells": "?"}'):
+        with pytest.raises(InputError, match="edit"):
+            parse_edit(text)
+    with pytest.raises(InputError, match="morph"):
+        parse_edit(of_morph({}, {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ import bpy
 import numpy as np
 from bpy.props import FloatProperty, IntProperty, StringProperty
 
+from ...generator import records
 from ...generator.errors import InputError
 from .. import edits, extension, generation, properties, splat_object
 from ..generation import SEED_MAX, Provenance, Request
@@ -232,8 +232,8 @@ class MorphOperator(bpy.types.Operator):
             self.report({"ERROR"}, str(error))
             return {"CANCELLED"}
         object.location = context.scene.cursor.location
-        record = {"kind": edits.MORPH, "first": sources[0].as_metadata(), "second": sources[1].as_metadata()}
-        properties.store_provenance(object, replace(sources[0], edit=json.dumps(record, sort_keys=True)))
+        record = records.of_morph(*(source.as_metadata() for source in sources))
+        properties.store_provenance(object, replace(sources[0], edit=record))
         select(context, [object])
         self.report({"INFO"}, f"Made {object.name}: move its factor to morph, or keyframe it")
         return {"FINISHED"}

@@ -11,6 +11,7 @@ from bpy_extras.io_utils import ExportHelper, ImportHelper
 
 from ...generator.errors import InputError, WorkError
 from .. import properties, splat_object
+from ..splat_object import cells
 from .generate import select
 
 _SUFFIXES = (".ply", ".splat", ".spz")
@@ -80,6 +81,8 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
         provenance = properties.provenance_from_metadata(formats.load_metadata(path))
         if provenance:
             properties.store_provenance(object, provenance)
+            if provenance.layout_id and up == "Z":
+                cells.number(object)
         return object, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
@@ -125,10 +128,9 @@ class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
 
         object = context.active_object
         path = Path(bpy.path.abspath(self.filepath))
-        provenance = properties.stored_provenance(object)
         try:
             gaussians = splat_object.read(object, world=self.apply_transform)
-            metadata = provenance.as_metadata() if provenance else None
+            metadata = properties.metadata(object, moved=self.apply_transform)
             formats.save(gaussians, path, metadata=metadata, up=self.up_axis, spz_version=int(self.spz_version))
         except (InputError, WorkError) as error:
             self.report({"ERROR"}, str(error))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import bpy
 from bpy.props import FloatProperty, IntProperty, StringProperty
 
+from ...generator import records
 from ...generator.errors import InputError
 from .. import edits, extension, generation, history, overlay, properties, splat_object
 from ..generation import SEED_MAX, Request
@@ -179,7 +180,7 @@ class RegenerateOperator(bpy.types.Operator):
         if object is None or properties.stored_provenance(object) is None:
             cls.poll_message_set("The active object was not generated from text")
             return False
-        if edits.parse(object.gaussian_atlas.edit).get("kind") == edits.MORPH:
+        if records.parse(object.gaussian_atlas.edit).get("kind") == records.MORPH:
             cls.poll_message_set("A morph is made of two objects: generate those again")
             return False
         return GenerateOperator.poll(context)

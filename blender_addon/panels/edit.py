@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bpy
 
-from .. import edits
+from ...generator import records
 from ..operators.edit import problem_of
 from ..splat_object import inputs, morph
 from .common import SidebarPanel
@@ -22,7 +22,7 @@ class EditPanel(SidebarPanel, bpy.types.Panel):
         layout = self.layout
         settings = context.scene.gaussian_atlas
         object = context.active_object
-        if described := edits.describe(object.gaussian_atlas.edit):
+        if described := records.describe(object.gaussian_atlas.edit):
             layout.label(text=described)
         modifier = morph.modifier_of(object)
         if modifier:
