@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--python", type=Path, nargs="*", default=[], help="Pythons with other versions of bpy")
     parser.add_argument("--engines", nargs="*", default=["CYCLES", "EEVEE"], help="CYCLES, EEVEE (default: both)")
     parser.add_argument("--size", type=int, default=256, help="image side in pixels (default: 256)")
-    parser.add_argument("--picture", type=Path, help="write the last object's Cycles renders of this Python side by side to this file")
+    parser.add_argument("--picture", type=Path, help="write the Cycles renders of this Python to this file, an object a row")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -93,7 +93,7 @@ def _renders(options: argparse.Namespace, extension, folder: Path) -> list[dict]
     ways = [(display, True, display) for display in inputs.DISPLAYS]
     ways += [(inputs.CAMERA_QUADS, False, f"{inputs.CAMERA_QUADS}, Standard view"), (inputs.ELLIPSOIDS, True, COSINE)]
     cameras = render.Cameras.orbit(count=5, size=options.size, elevation=35.0)[3:4]
-    rows = []
+    rows, strips = [], []
     for name, gaussians in objects.items():
         expected = render.render(gaussians, cameras).rgb[0].numpy()
         images = {"Reference": expected}
@@ -116,8 +116,9 @@ def _renders(options: argparse.Namespace, extension, folder: Path) -> list[dict]
                     "s": time.perf_counter() - begin,
                 }
             )
+        strips.append([images[label] for label in ("Reference", *inputs.DISPLAYS, COSINE)])
     if options.picture and is_cycles:
-        _save_strip(options.picture, [images[label] for label in ("Reference", *inputs.DISPLAYS, COSINE)])
+        _save_strips(options.picture, strips)
     return rows
 
 
@@ -147,12 +148,12 @@ def _use_cosine_falloff(extension, object) -> None:
     t.set(mix.inputs[0], t.math("MULTIPLY", t.math("MULTIPLY", opacity, cosine), front))
 
 
-def _save_strip(path: Path, images: list) -> None:
+def _save_strips(path: Path, strips: list[list]) -> None:
     import numpy as np
     from PIL import Image
 
-    strip = np.concatenate([image.clip(0, 1) for image in images], axis=1)
-    Image.fromarray((strip * 255).round().astype(np.uint8)).quantize(256).save(path, optimize=True)
+    picture = np.concatenate([np.concatenate(images, axis=1) for images in strips]).clip(0, 1)
+    Image.fromarray((picture * 255).round().astype(np.uint8)).quantize(256).save(path, optimize=True)
 
 
 def _million(extension) -> dict:
