@@ -73,7 +73,6 @@ def set_up(scene: bpy.types.Scene, camera: bpy.types.Object, size: tuple[int, in
     """
     scene.camera = camera
     scene.world = plain_world(WHITE)
-    render_settings.apply(scene)
     scene.render.engine = "CYCLES"
     scene.cycles.device = "CPU"
     scene.cycles.samples = samples
@@ -81,6 +80,7 @@ def set_up(scene: bpy.types.Scene, camera: bpy.types.Object, size: tuple[int, in
     scene.cycles.use_denoising = False
     scene.render.resolution_x, scene.render.resolution_y = size
     scene.render.resolution_percentage = 100
+    render_settings.apply(scene)
     scene.render.image_settings.file_format = "PNG"
     scene.render.image_settings.color_mode = "RGB"
 

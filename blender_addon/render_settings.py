@@ -1,8 +1,8 @@
 """The scene settings that splats need: what they are, which differ, set them, put the old ones back.
 
 Nothing here is called on its own: a person presses the button, or asks for a batch whose scene is made for it. Both
-engines need the view transform; Cycles, on a processor or a GPU, needs the bounces; EEVEE needs nothing else, since the
-splats' materials ask for its sorted blending themselves.
+engines need the view transform and the splats' smoothing, which depends on the camera and the resolution; Cycles, on a
+processor or a GPU, needs the bounces. EEVEE needs nothing else: the splats' materials ask for its sorted blending.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import bpy
+
+from . import splat_object
+from .splat_object import inputs, node_group
 
 # The most that Cycles takes. Rays pass through many translucent splats: 50 to 200 where an object fills the frame, many
 # hundreds where it is small. The default of 8 leaves holes; beyond the minimum Cycles drops rays at random.
@@ -23,19 +26,21 @@ _LABELS = {
     "cycles.transparent_max_bounces": "Transparent bounces",
     "cycles.min_transparent_bounces": "Minimum transparent bounces",
 }
+_OBJECTS = "objects/"
 
 
 @dataclass(frozen=True)
 class Change:
     """One setting that differs from what splats need."""
 
-    path: str  # from the scene: "cycles.transparent_max_bounces"
+    path: str  # from the scene: "cycles.transparent_max_bounces"; for the smoothing of an object "objects/NAME"
     label: str  # as the user interface names it
     old: Any
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.label}: {self.old} to {self.new}"
+        old, new = (f"{value:.3g}" if isinstance(value, float) else value for value in (self.old, self.new))
+        return f"{self.label}: {old} to {new}"
 
 
 def changes(scene: bpy.types.Scene) -> list[Change]:
@@ -47,7 +52,28 @@ def changes(scene: bpy.types.Scene) -> list[Change]:
     if hasattr(scene, "cycles"):  # the Cycles add-on may be disabled
         for path in ("cycles.transparent_max_bounces", "cycles.min_transparent_bounces"):
             needed.append((path, _LABELS[path], TRANSPARENT_BOUNCES, _get(scene, path) >= TRANSPARENT_BOUNCES))
-    return [Change(path, label, _get(scene, path), new) for path, label, new, fine in needed if not fine]
+    return [Change(path, label, _get(scene, path), new) for path, label, new, fine in needed if not fine] + _smoothing(scene)
+
+
+def _smoothing(scene: bpy.types.Scene) -> list[Change]:
+    """The low-pass of splat renderers, for the camera and resolution as they are; what is keyframed or driven is left alone."""
+    pixel = splat_object.pixel(scene)
+    found = []
+    for object in scene.objects if pixel else ():
+        modifier = _smoothed_by(object)
+        if modifier and not inputs.is_animated(modifier, inputs.SMOOTHING):
+            old, new = inputs.get_value(modifier, inputs.SMOOTHING), node_group.LOW_PASS_PIXELS * pixel
+            if abs(old - new) > 0.01 * new:
+                found.append(Change(_OBJECTS + object.name, _label(_OBJECTS + object.name), old, new))
+    return found
+
+
+def _smoothed_by(object: bpy.types.Object | None) -> bpy.types.Modifier | None:
+    """The modifier of a splat object of this file that takes smoothing."""
+    if object is None or object.library is not None or not splat_object.is_splats(object):
+        return None
+    modifier = node_group.modifier_of(object)
+    return modifier if modifier and inputs.has(modifier, inputs.SMOOTHING) else None
 
 
 def apply(scene: bpy.types.Scene) -> list[Change]:
@@ -66,7 +92,9 @@ def restore(scene: bpy.types.Scene) -> list[Change]:
     """Put the remembered values back. Returns what was changed."""
     done = []
     for path, value in stored_values(scene).items():  # the view transform comes before its look
-        done.append(Change(path, _LABELS[path], _get(scene, path), value))
+        if path.startswith(_OBJECTS) and _smoothed_by(scene.objects.get(path.removeprefix(_OBJECTS))) is None:
+            continue  # the object is gone
+        done.append(Change(path, _label(path), _get(scene, path), value))
         _set(scene, path, value)
     scene.gaussian_atlas.stored_render_settings = ""
     return done
@@ -78,11 +106,20 @@ def stored_values(scene: bpy.types.Scene) -> dict[str, Any]:
     return json.loads(stored) if stored else {}
 
 
+def _label(path: str) -> str:
+    return f"Smoothing of {path.removeprefix(_OBJECTS)}" if path.startswith(_OBJECTS) else _LABELS[path]
+
+
 def _get(scene: bpy.types.Scene, path: str) -> Any:
+    if path.startswith(_OBJECTS):
+        return inputs.get_value(_smoothed_by(scene.objects[path.removeprefix(_OBJECTS)]), inputs.SMOOTHING)
     owner, _, name = path.partition(".")
     return getattr(getattr(scene, owner), name)
 
 
 def _set(scene: bpy.types.Scene, path: str, value: Any) -> None:
+    if path.startswith(_OBJECTS):
+        inputs.set_value(_smoothed_by(scene.objects[path.removeprefix(_OBJECTS)]), inputs.SMOOTHING, value)
+        return
     owner, _, name = path.partition(".")
     setattr(getattr(scene, owner), name, value)

@@ -76,6 +76,46 @@ def test_cycles_matches_on_a_rotated_and_stretched_object(bpy, extension, torus,
     assert compare(bpy, extension, torus(4096), cameras, tmp_path / "view.png", matrix, display=display) >= opaque_bound
 
 
+@pytest.mark.parametrize("shape", ["WIDE", "TALL", "ORTHO"])
+def test_the_button_is_all_that_a_render_needs(bpy, extension, torus, tmp_path, shape):
+    """A splat object, a camera, "Adapt Render Settings", F12; and everything back as it was."""
+    module, preview = extension("generator.render"), extension("blender_addon.preview")
+    cameras = module.Cameras.orbit(count=1, size=120, elevation=35.0)
+    object = extension("blender_addon.splat_object").write(translucent(torus), "ring")
+    scene = bpy.context.scene
+    camera = extension("blender_addon.splat_object").camera_from(cameras, 0)
+    scene.collection.objects.link(camera)
+    scene.camera, scene.world = camera, preview.plain_world(preview.WHITE)
+    scene.render.resolution_x = scene.render.resolution_y = 240
+    scene.render.resolution_percentage = 50
+    scene.render.engine, scene.cycles.samples, scene.cycles.filter_width, scene.cycles.use_denoising = "CYCLES", 1, 0.01, False
+    scene.render.dither_intensity = 0
+    camera.data.sensor_fit = {"WIDE": "HORIZONTAL", "TALL": "VERTICAL", "ORTHO": "AUTO"}[shape]
+    if shape == "TALL":
+        camera.data.sensor_height = camera.data.sensor_width
+    inputs = extension("blender_addon.splat_object.inputs")
+    modifier = extension("blender_addon.splat_object.node_group").modifier_of(object)
+    inputs.set_value(modifier, inputs.BLEND_IN_DISPLAY_SPACE, True)
+    scene.view_settings.view_transform = "Raw"
+    said = [str(change) for change in extension("blender_addon.render_settings").changes(scene)]
+    assert any(line.startswith("Smoothing of ring: 0 to 0.00") for line in said), said
+    bpy.ops.gaussian_atlas.render_settings()
+    if shape == "ORTHO":
+        camera.data.type, camera.data.ortho_scale = "ORTHO", 1.5
+        bpy.ops.gaussian_atlas.render_settings()
+        assert np.isclose(inputs.get_value(modifier, inputs.SMOOTHING), 0.3**0.5 * 1.5 / 120)
+    else:
+        preview.render(scene, tmp_path / "view.png")
+        assert psnr(read_png(tmp_path / "view.png"), module.render(translucent(torus), cameras).rgb[0].numpy()) >= 55
+    assert extension("blender_addon.render_settings").changes(scene) == []
+    bpy.ops.gaussian_atlas.render_settings(restore=True)
+    assert inputs.get_value(modifier, inputs.SMOOTHING) == 0
+    owner, path = inputs.place(modifier, inputs.SMOOTHING)
+    owner.keyframe_insert(path, frame=1)
+    said = [str(change) for change in extension("blender_addon.render_settings").changes(scene)]
+    assert not any(line.startswith("Smoothing") for line in said), "what is animated is the artist's"
+
+
 def test_cycles_matches_where_hundreds_of_splats_lie_behind_a_pixel(bpy, extension, torus, tmp_path):
     cameras = extension("generator.render").Cameras.orbit(count=1, size=40, elevation=35.0)
     assert compare(bpy, extension, translucent(torus, 8192), cameras, tmp_path / "view.png") >= 55

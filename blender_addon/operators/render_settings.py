@@ -9,7 +9,7 @@ from .. import render_settings
 
 
 class RenderSettingsOperator(bpy.types.Operator):
-    """Set the transparent bounces and the view transform that splats need. The old values are kept and can be put back"""
+    """Set the transparent bounces, the view transform and the smoothing that splats need. The old values are kept and can be put back"""
 
     bl_idname = "gaussian_atlas.render_settings"
     bl_label = "Adapt Render Settings"

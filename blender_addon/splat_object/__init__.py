@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .camera import camera_from, framing
+from .camera import camera_from, framing, pixel
 from .layout import is_splats, native
 from .object import read, transformed, write
 
-__all__ = ["camera_from", "framing", "is_splats", "native", "read", "transformed", "write"]
+__all__ = ["camera_from", "framing", "is_splats", "native", "pixel", "read", "transformed", "write"]

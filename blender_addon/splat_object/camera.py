@@ -42,6 +42,21 @@ def camera_from(cameras: Cameras, index: int = 0, name: str = "Camera") -> bpy.t
     return camera
 
 
+def pixel(scene: bpy.types.Scene) -> float | None:
+    """The side of one of the render's pixels as the scene's camera sees it, per unit of distance; in units under an orthographic camera.
+
+    None where there is no camera or it is panoramic.
+    """
+    camera = scene.camera.data if scene.camera else None
+    if camera is None or camera.type not in ("PERSP", "ORTHO"):
+        return None
+    width, height = (side * scene.render.resolution_percentage / 100 for side in (scene.render.resolution_x, scene.render.resolution_y))
+    is_wide = camera.sensor_fit == "HORIZONTAL" or (camera.sensor_fit == "AUTO" and width >= height)
+    pixels = max(1.0, width if is_wide else height)
+    sensor = camera.sensor_height if camera.sensor_fit == "VERTICAL" else camera.sensor_width
+    return (camera.ortho_scale if camera.type == "ORTHO" else sensor / camera.lens) / pixels
+
+
 def framing(
     gaussians: Gaussians, size: int, azimuth: float = 30.0, elevation: float = 20.0, fov: float = 39.6, margin: float = 0.06
 ) -> Cameras:

@@ -201,5 +201,24 @@ def set_value(modifier: bpy.types.Modifier, name: str, value: Any) -> None:
     modifier.id_data.update_tag()
 
 
+def curves(object: bpy.types.Object) -> Iterator[bpy.types.FCurve]:
+    """The F-curves of an object's own action, and its drivers."""
+    animation = object.animation_data
+    if animation is None:
+        return
+    yield from animation.drivers
+    if animation.action is not None and animation.action.library is None:
+        for layer in animation.action.layers:
+            for strip in layer.strips:
+                for bag in strip.channelbags:
+                    yield from bag.fcurves
+
+
+def is_animated(modifier: bpy.types.Modifier, name: str) -> bool:
+    """Whether keyframes or a driver of the object set an input."""
+    path = data_path(modifier, name)
+    return any(curve.data_path == path for curve in curves(modifier.id_data))
+
+
 def _socket(group: bpy.types.NodeTree, name: str) -> bpy.types.NodeTreeInterfaceSocket | None:
     return next((i for i in group.interface.items_tree if i.item_type == "SOCKET" and i.in_out == "INPUT" and i.name == name), None)

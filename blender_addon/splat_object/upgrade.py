@@ -52,7 +52,7 @@ def _rebuild(group: bpy.types.NodeTree, native: bool) -> None:
             if name in known:
                 inputs.set_value(modifier, name, value)
         if face_camera and inputs.RENDER_DISPLAY in known:
-            for curve in _curves(modifier.id_data):
+            for curve in inputs.curves(modifier.id_data):
                 if curve.data_path == face_camera:
                     curve.data_path = inputs.data_path(modifier, inputs.RENDER_DISPLAY)
 
@@ -71,19 +71,6 @@ def _values(modifier: bpy.types.Modifier) -> dict[str, Any]:
 
 def _path(modifier: bpy.types.Modifier, name: str) -> str | None:
     return inputs.data_path(modifier, name) if inputs.has(modifier, name) else None
-
-
-def _curves(object: bpy.types.Object) -> Iterator[bpy.types.FCurve]:
-    """The F-curves of an object's own action, and its drivers."""
-    animation = object.animation_data
-    if animation is None:
-        return
-    yield from animation.drivers
-    if animation.action is not None and animation.action.library is None:
-        for layer in animation.action.layers:
-            for strip in layer.strips:
-                for bag in strip.channelbags:
-                    yield from bag.fcurves
 
 
 @bpy.app.handlers.persistent
