@@ -763,3 +763,19 @@ def test_menus_offer_import_and_export(bpy, extension):
     files = extension("blender_addon.operators.files")
     for menu, draw_entry in ((bpy.types.TOPBAR_MT_file_import, files._draw_import), (bpy.types.TOPBAR_MT_file_export, files._draw_export)):
         assert draw_entry in menu._dyn_ui_initialize()
+
+
+# The documentation
+
+
+def test_the_example_for_scripts_runs_as_it_is_printed(bpy, fake_model, capsys):
+    import re
+    from pathlib import Path
+
+    text = (Path(__file__).resolve().parent.parent / "docs" / "panel.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "docs/panel.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "[('a red armchair', 7), ('a red armchair.001', 8)]" in printed and "the prompt is empty" in printed
+    assert sorted(object.name for object in bpy.data.objects) == ["a floor lamp", "a red armchair", "a red armchair.001"]
+    assert [call["num_inference_steps"] for call in fake_model.pipeline.calls] == [20, 20, 10]

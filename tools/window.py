@@ -167,7 +167,7 @@ class Drive:
         space = self.view.spaces[0]
         self.check("the button shows colours", space.shading.type == "MATERIAL")
         space.overlay.show_outline_selected = False
-        yield 8.0  # EEVEE compiles its shaders and samples, on the processor
+        yield 30.0  # EEVEE compiles its shaders and samples, on the processor
         self.shot(name)
         space.overlay.show_outline_selected = True
         space.shading.type = "SOLID"
@@ -296,6 +296,8 @@ class Drive:
     def grid(self):
         overlay = self.module("overlay")
         self.settings.count = 4
+        view = self.view.spaces[0].region_3d
+        view.view_location, view.view_distance = (1.1, 0.2, 0.0), 6.0
         self.call(self.bpy.ops.gaussian_atlas.generate)
         yield from self.until(lambda: len(overlay.shown()) == 3, "two of four done")
         yield 0.5
@@ -308,6 +310,7 @@ class Drive:
         yield 1.0
         self.check("one Ctrl Z takes the grid away", self.clouds() == [])
         self.settings.count = 1
+        view.view_location, view.view_distance = (0.0, 0.0, 0.0), 4.0
 
     def undo_while_it_runs(self):
         bpy = self.bpy

@@ -19,7 +19,9 @@ def draw_text(layout: bpy.types.UILayout, context: bpy.types.Context, text: str,
     """A text over as many lines as the region's width asks for: labels do not wrap by themselves."""
     scale = context.preferences.system.ui_scale or 1.0  # 0 in background
     width = context.region.width if context.region else 250
-    characters = max(20, int(width / (7 * scale)))
+    # Without the icon, the borders and the tabs, and 7 pixels a letter.
+    characters = max(20, int((width / scale - 60) / 7))
+    text = text[:1].upper() + text[1:]
     column = layout.column(align=True)
     for index, line in enumerate(textwrap.wrap(text, characters)):
         column.label(text=line, icon=icon if index == 0 else "BLANK1")
