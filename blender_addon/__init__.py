@@ -16,6 +16,7 @@ def register() -> None:
     for cls in _CLASSES:
         bpy.utils.register_class(cls)
     properties.attach()
+    base.attach()
     files.add_to_menus()
     upgrade.register()
     _commands.append(bpy.utils.register_cli_command("gaussian_atlas", batch.main))
@@ -29,6 +30,7 @@ def unregister() -> None:
         bpy.utils.unregister_cli_command(_commands.pop())
     upgrade.unregister()
     files.remove_from_menus()
+    base.detach()
     properties.detach()
     for cls in reversed(_CLASSES):
         bpy.utils.unregister_class(cls)

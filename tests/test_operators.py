@@ -539,6 +539,13 @@ def test_looking_costs_a_small_share_of_the_time(extension, torus, monkeypatch):
     blind(1, 100, lambda: pytest.fail("nobody looks"))
 
 
+def test_a_file_that_was_saved_in_mid_run_does_not_open_as_running(bpy, extension, tmp_path):
+    status(bpy).running, status(bpy).stage, status(bpy).error = True, "Sampling", "old"
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "a.blend"), copy=True)
+    bpy.ops.wm.open_mainfile(filepath=str(tmp_path / "a.blend"), load_ui=True)
+    assert not status(bpy).running and status(bpy).stage == "" and status(bpy).error == ""
+
+
 # The machinery that other long operators share
 
 

@@ -202,6 +202,24 @@ def end_running(context: bpy.types.Context) -> None:
         hide_progress(context)
 
 
+@bpy.app.handlers.persistent
+def _after_load(*_: object) -> None:
+    """The status is Blender's, which saves it with a file: one that was saved in mid-run must not open as running."""
+    if not running():
+        hide_progress(bpy.context)
+        clear_error(bpy.context)
+
+
+def attach() -> None:
+    """Look after the status when files are opened."""
+    bpy.app.handlers.load_post.append(_after_load)
+
+
+def detach() -> None:
+    if _after_load in bpy.app.handlers.load_post:
+        bpy.app.handlers.load_post.remove(_after_load)
+
+
 def show_progress(context: bpy.types.Context, stage: str, fraction: float) -> None:
     """Write into the status that the panel draws."""
     status = context.window_manager.gaussian_atlas
