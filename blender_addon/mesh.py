@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 import bpy
 import numpy as np
 
+from ..generator import glb
 from ..generator.errors import InputError, WorkError
 from ..generator.files import replacing
 from .splat_object.tree import Tree, output
@@ -106,8 +105,7 @@ def save(object: bpy.types.Object, path: str | Path) -> None:
         try:
             match suffix:
                 case ".glb":
-                    with _gltf():
-                        bpy.ops.export_scene.gltf(filepath=target, export_format="GLB", export_yup=True, export_animations=False)
+                    glb.write(temporary, object.data.name, *triangles(object.data), _linear_colors(object.data))
                 case ".obj":
                     bpy.ops.wm.obj_export(filepath=target, export_colors=True, export_materials=False)
                 case ".stl":
@@ -128,21 +126,6 @@ def check_suffix(path: str | Path) -> str:
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: mesh files end in {', '.join(SUFFIXES)}")
     return suffix
-
-
-@contextmanager
-def _gltf() -> Iterator[None]:
-    """Blender's glTF add-on, enabled for the while where a person has disabled it."""
-    import addon_utils
-
-    was_enabled = addon_utils.check("io_scene_gltf2")[1]
-    if not was_enabled and addon_utils.enable("io_scene_gltf2") is None:
-        raise WorkError("Blender's glTF add-on (io_scene_gltf2) does not enable: write .obj instead")
-    try:
-        yield
-    finally:
-        if not was_enabled:
-            addon_utils.disable("io_scene_gltf2")
 
 
 def material() -> bpy.types.Material:
@@ -292,3 +275,10 @@ def _paint(mesh: bpy.types.Mesh, field: Field) -> None:
     attribute.data.foreach_set("color", colors.ravel())
     mesh.color_attributes.active_color = attribute
     mesh.color_attributes.render_color_index = mesh.color_attributes.find(COLOR)
+
+
+def _linear_colors(mesh: bpy.types.Mesh) -> np.ndarray:
+    """The colour attribute [V, 3], scene-linear."""
+    colors = np.empty(4 * len(mesh.vertices), np.float32)
+    mesh.color_attributes[COLOR].data.foreach_get("color", colors)
+    return colors.reshape(-1, 4)[:, :3]
