@@ -24,4 +24,4 @@ def draw_text(layout: bpy.types.UILayout, context: bpy.types.Context, text: str,
     text = text[:1].upper() + text[1:]
     column = layout.column(align=True)
     for index, line in enumerate(textwrap.wrap(text, characters)):
-        column.label(text=line, icon=icon if index == 0 else "BLANK1")
+        column.label(text=line, icon=icon if index == 0 or icon == "NONE" else "BLANK1")

@@ -50,7 +50,7 @@ def draw_card(layout: bpy.types.UILayout, context: bpy.types.Context, info: serv
             box.label(text=text)
     if info.vocabulary:
         few = ", ".join(info.vocabulary[:: max(1, len(info.vocabulary) // 6)][:6])
-        draw_text(box, context, f"Knows {len(info.vocabulary)} objects, such as {few}", icon="BLANK1")
+        draw_text(box, context, f"Knows {len(info.vocabulary)} objects, such as {few}", icon="NONE")
     for name, value in list(info.metrics.items())[:6]:
         if isinstance(value, int | float):
             box.label(text=f"{name.replace('_', ' ').capitalize()}: {value:g}")
