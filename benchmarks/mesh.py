@@ -18,7 +18,7 @@ import numpy as np
 from _report import report
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))  # before this folder, whose blender.py is another
 
 from blender import MODULE, start  # noqa: E402
 
