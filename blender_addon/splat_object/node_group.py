@@ -23,7 +23,7 @@ from .layout import RADIANCE, ROTATION, SCALE, SH_C0
 from .tree import Tree, output
 
 NAME = "Gaussian Splats"
-# Of the nodes and inputs. Raise it with every change to them: `ensure` then rebuilds what older files hold.
+# Of the nodes and inputs. Raise it with every change to them: `upgrade` then rebuilds what older files hold.
 VERSION = 2
 _VERSION = "gaussian_splats_version"
 _NATIVE = "gaussian_splats_native"  # set where Blender draws the splats itself
@@ -51,12 +51,12 @@ def attach(object: bpy.types.Object, native: bool | None = None) -> bpy.types.Mo
 
 
 def ensure(native: bool | None = None) -> bpy.types.NodeTree:
-    """This file's own node group: found, rebuilt where an older version or another Blender made it, or made anew."""
+    """This file's own node group of this version, made on first use. Older ones are `upgrade`'s to rebuild, with their values."""
     native = layout.native() if native is None else native
-    own = [group for group in bpy.data.node_groups if group.library is None and version(group)]
+    own = (group for group in bpy.data.node_groups if group.library is None and version(group))
     group = next((group for group in own if not outdated(group, native)), None)
     if group is None:
-        group = next(iter(own), None) or bpy.data.node_groups.new(NAME, "GeometryNodeTree")
+        group = bpy.data.node_groups.new(NAME, "GeometryNodeTree")
         build(group, native)
     return group
 
