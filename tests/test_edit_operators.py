@@ -224,6 +224,18 @@ def test_another_object_chooses_by_its_box(bpy, model, lamp, extension, kind):
     assert np.array_equal(changed, chosen)
 
 
+def test_undo_brings_the_old_splats_back(bpy, model, lamp, extension):
+    name, before = lamp.name, values(extension, lamp)
+    choose(bpy, lamp, np.arange(1024) < 200)
+    bpy.ops.ed.undo_push(message="before")
+    bpy.ops.gaussian_atlas.inpaint("EXEC_DEFAULT", True, seed=4)
+    assert not np.array_equal(values(extension, lamp)["position"], before["position"])
+    bpy.ops.ed.undo()
+    lamp = bpy.data.objects[name]
+    assert all(np.array_equal(before[key], column) for key, column in values(extension, lamp).items())
+    assert (lamp.gaussian_atlas.edit, lamp.gaussian_atlas.seed) == ("", 5)
+
+
 def test_splats_that_are_gone_stay_gone(bpy, model, lamp, extension):
     delete(bpy, lamp, range(100))
     before = values(extension, lamp)
