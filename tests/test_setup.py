@@ -88,8 +88,8 @@ def test_closure_follows_needs_extras_and_markers_and_stops_at_cycles(packages):
 
 def third_party_imports(folder: str) -> dict[str, set[str]]:
     """{distribution: files of `folder` that import it}, imports inside functions included; Blender's own modules aside."""
-    ours = {"generator", "trainer", "blender_addon", "tests", *(path.stem for path in ROOT.glob("*s/*.py"))}
-    blenders = {"bpy", "bpy_extras", "mathutils", "addon_utils"}
+    ours = {"generator", "trainer", "blender_addon", "tests", "tools", *(path.stem for path in ROOT.glob("*s/*.py"))}
+    blenders = {"bpy", "bpy_extras", "mathutils", "addon_utils", "gpu", "gpu_extras"}
     providers = metadata.packages_distributions()
     found: dict[str, set[str]] = {}
     for path in (ROOT / folder).rglob("*.py"):
