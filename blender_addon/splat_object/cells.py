@@ -44,7 +44,9 @@ def selected(object: bpy.types.Object) -> np.ndarray:
     kind = np.float32 if attribute.data_type == "FLOAT" else bool
     values = np.empty(count, kind)
     attribute.data.foreach_get("value", values)
-    return values > 0
+    mask = values > 0
+    # Blender 5.2 makes point clouds with everything selected: outside Edit Mode that is nobody's choice.
+    return mask if object.mode == "EDIT" or not mask.all() else np.zeros(count, bool)
 
 
 def inside(object: bpy.types.Object, volume: bpy.types.Object) -> np.ndarray:
