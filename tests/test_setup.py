@@ -281,3 +281,25 @@ def test_a_missing_python_is_one_clear_line():
 def test_help_lists_every_contract():
     listed = {line.split()[1] for line in make("help").stdout.splitlines()}
     assert set(CONTRACTS) <= listed
+
+
+# Other Blender versions
+
+
+def test_another_blender_has_the_lock_but_for_what_its_bpy_wants():
+    entry = environment.environments(ROOT)["5.2"]
+    lines = environment.requirements(ROOT, entry.pins)
+    assert set(entry.pins) <= set(lines) and len({line.partition("==")[0] for line in lines}) == len(lines)
+    assert set(environment.requirements(ROOT)) - set(lines) == {environment.pinned(ROOT, "bpy"), environment.pinned(ROOT, "numpy")}
+
+
+@pytest.mark.parametrize(("arguments", "status", "outcome"), [([], 1, "not run"), (["--skip-missing"], 0, "left out")])
+def test_a_blender_whose_python_is_missing_is_one_clear_line(monkeypatch, capfd, arguments, status, outcome):
+    import matrix
+
+    monkeypatch.setenv("PYTHON313", "/nonexistent/python3.13")
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "5.2", *arguments])
+    assert matrix.main() == status
+    output, errors = capfd.readouterr()
+    assert len(errors.strip().splitlines()) == 1 and "Blender 5.2 needs Python 3.13" in errors and "PYTHON313=" in errors
+    assert outcome in output
