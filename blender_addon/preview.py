@@ -54,7 +54,7 @@ def look_at(
         exact: blend display values under the Raw view, as splat renderers do. Otherwise the view is Standard and blending is
             linear, which fits everything else in a scene and shows translucent splats a little lighter.
     """
-    cameras = splat_object.framing(splat_object.read(object, world=True), size, azimuth, elevation)
+    cameras = splat_object.framing(splat_object.current(object, world=True), size, azimuth, elevation)
     camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(camera)
     node_group.set_input(object, inputs.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))

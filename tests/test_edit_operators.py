@@ -423,6 +423,24 @@ def test_a_morph_needs_two_objects_of_one_layout(bpy, model, pair, extension):
     assert not bpy.ops.gaussian_atlas.morph.poll()
 
 
+def test_a_morph_is_exported_as_it_is_seen(bpy, model, pair, extension, tmp_path):
+    splat_object, inputs = extension("blender_addon.splat_object"), extension("blender_addon.splat_object.inputs")
+    morph = extension("blender_addon.splat_object.morph")
+    ends = [splat_object.read(object) for object in pair]
+    bpy.ops.gaussian_atlas.morph(factor=0.25)
+    object = bpy.context.active_object
+    inputs.set_value(morph.modifier_of(object), "Factor", 0.6)
+    object.location, object.scale = (1, 2, 3), (2, 2, 2)
+    bpy.context.view_layer.update()
+    expected = extension("generator.atlas").morph(*ends, 0.6)
+    for applied, scale, shift in ((False, 1, [0, 0, 0]), (True, 2, [1, 2, 3])):
+        path = tmp_path / f"{applied}.ply"
+        assert bpy.ops.gaussian_atlas.export_splats(filepath=str(path), apply_transform=applied) == {"FINISHED"}
+        found = extension("generator.formats").load(path)
+        assert np.allclose(found.means, scale * expected.means.numpy() + shift, atol=1e-5)
+        assert np.allclose(found.scales, scale * expected.scales, rtol=1e-3, atol=1e-7)
+
+
 def test_a_morph_renders(bpy, model, pair, extension, tmp_path):
     preview = extension("blender_addon.preview")
     bpy.ops.gaussian_atlas.morph(factor=0.5)

@@ -129,7 +129,7 @@ class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
         object = context.active_object
         path = Path(bpy.path.abspath(self.filepath))
         try:
-            gaussians = splat_object.read(object, world=self.apply_transform)
+            gaussians = splat_object.current(object, world=self.apply_transform)
             metadata = properties.metadata(object, moved=self.apply_transform)
             formats.save(gaussians, path, metadata=metadata, up=self.up_axis, spz_version=int(self.spz_version))
         except (InputError, WorkError) as error:

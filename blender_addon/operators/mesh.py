@@ -63,7 +63,7 @@ class ToMeshOperator(JobOperator, bpy.types.Operator):
 
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         object = context.active_object
-        gaussians = splat_object.read(object)
+        gaussians = splat_object.current(object)
         self._source = (object.name, object.matrix_world.copy(), context.collection)
         self._options = mesh.Options(self.resolution, self.threshold, self.fill, self.smooth, self.faces, self.keep)
 

@@ -14,7 +14,7 @@ import numpy as np
 from ...generator.errors import InputError
 from . import cells, inputs, layout
 from .layout import POSITION, RADIANCE, ROTATION, SCALE
-from .object import read, write
+from .object import read, transformed, write
 from .tree import Tree, output
 
 if TYPE_CHECKING:
@@ -69,13 +69,20 @@ def modifier_of(object: bpy.types.Object | None) -> bpy.types.Modifier | None:
     return next((m for m in modifiers if m.type == "NODES" and m.node_group and m.node_group.name.partition(".")[0] == NAME), None)
 
 
-def current(object: bpy.types.Object) -> Gaussians:
-    """The Gaussians of a splat object, of a morph those at its present factor; object frame, float32 on the CPU.
+def current(object: bpy.types.Object, world: bool = False) -> Gaussians:
+    """The Gaussians of a splat object, of a morph those at its present factor; float32 on the CPU.
+
+    Args:
+        world: give them in the world frame instead of the object's own, as `read` does.
 
     Raises:
         InputError: the object is not a splat object.
     """
-    gaussians = read(object)
+    gaussians = _at_factor(object, read(object))
+    return transformed(gaussians, np.array(object.matrix_world, dtype=np.float64)) if world else gaussians
+
+
+def _at_factor(object: bpy.types.Object, gaussians: Gaussians) -> Gaussians:
     modifier = modifier_of(object)
     if modifier is None or _OTHER + RADIANCE not in object.data.attributes:
         return gaussians
