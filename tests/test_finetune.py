@@ -16,6 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from generator.atlas import AtlasLayout, ChannelSpec, NormalizationAccumulator
 from generator.errors import InputError, WorkError
+from generator.model.editing import clean_estimate
 from trainer.finetune import PREDICTIONS, FinetuneConfig, Trainer, build_unet, checkpoints, trained_unet
 from trainer.render_loss import RenderLoss
 from trainer.schedule import alphas_cumprod, scheduler_config
@@ -85,7 +86,7 @@ def test_all_predictions_have_the_same_loss(prediction_type):
     # What it says of the clean atlas is right where the output is, at a noise that leaves something to be seen.
     right = {"v_prediction": alpha * noise - sigma * clean, "sample": clean, "epsilon": noise}[prediction_type]
     seen = alpha.flatten() > 0.05
-    denoised = trainer._denoised(right, alpha * clean + sigma * noise, alpha, sigma)
+    denoised = clean_estimate(right, alpha * clean + sigma * noise, alpha, sigma, prediction_type)
     torch.testing.assert_close(denoised[seen], clean[seen], atol=1e-4, rtol=1e-3)
 
 
@@ -293,14 +294,14 @@ def test_lora_trains_additions_alone_and_merges_into_a_plain_network(tmp_path):
     newest = checkpoints(tmp_path)[-1]
     merged = trained_unet(config, newest, 12)
     assert set(merged.state_dict()) == set(build_unet(replace(config, lora_rank=0), 12).state_dict()), "nothing of peft is left"
-    with torch.no_grad():
-        for name, value in trainer.trainable.items():
-            value.copy_(trainer.ema[name])
+    now = {name: value.clone() for name, value in trainer.trainable.items()}
+    with torch.no_grad(), trainer.averaged():
         batch = trainer.batch(0, trainer.train_rows, 4)
         ours, theirs = (unet.eval()(batch.clean, batch.timesteps, batch.text).sample for unet in (trainer.unet, merged))
         plain = build_unet(replace(config, lora_rank=0), 12).eval()(batch.clean, batch.timesteps, batch.text).sample
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (ours - plain).abs().max() > 1e-3
+    assert all(torch.equal(value, now[name]) for name, value in trainer.trainable.items()), "only for as long as it lasts"
 
 
 def test_bad_settings_are_named(tmp_path):

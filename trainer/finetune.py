@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from generator.atlas import CHANNELS
 from generator.errors import InputError, WorkError
 from generator.model.bundle import Bundle
+from generator.model.editing import clean_estimate
 from generator.model.folding import fold, unfold
 from generator.model.pipeline import fast_dtype
 from generator.model.widen import widen_unet
@@ -235,18 +236,10 @@ class Trainer:
         if self.render_loss is not None and render_factor > 0:
             clear = (timesteps < config.render_below).nonzero()[: config.render_most, 0]
             if len(clear):
-                denoised = self._denoised(output[clear], noisy[clear], alpha[clear], sigma[clear])
+                denoised = clean_estimate(output[clear], noisy[clear], alpha[clear], sigma[clear], config.prediction_type)
                 renders = self.render_loss(denoised, clean[clear], views[clear, :2], views[clear, 2:])
                 loss = loss + render_factor * renders.sum() / len(clean)
         return loss
-
-    def _denoised(self, output: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The clean atlas that the network's output stands for."""
-        if self.config.prediction_type == "sample":
-            return output
-        if self.config.prediction_type == "v_prediction":
-            return alpha * noisy - sigma * output
-        return (noisy - sigma * output) / alpha.clamp_min(1e-3)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, constant, linear decay at the end."""
@@ -359,6 +352,19 @@ class Trainer:
                     self.accelerator.wait_for_everyone()
                 yield self.step, loss
             bar.close()
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """For as long as it lasts the network has its averaged weights."""
+        current = {name: value.detach().clone() for name, value in self.trainable.items()}
+        try:
+            for name, value in self.trainable.items():
+                value.copy_(self.ema[name])
+            yield
+        finally:
+            for name, value in self.trainable.items():
+                value.copy_(current[name])
 
     def _report(self, writer: SummaryWriter) -> None:
         validation = self.validate()

@@ -372,29 +372,20 @@ def _text_encoder(config: FinetuneConfig) -> TextEncoder:
 
 def _picture(preset: Preset, trainer: Trainer) -> torch.Tensor:
     """What the averaged network makes of the preset's first prompts now: renders side by side, [H, W, 3]."""
+    from diffusers import DPMSolverMultistepScheduler
+
     from generator.model.pipeline import GaussianAtlasPipeline
     from generator.render import Cameras, render
 
     from .schedule import scheduler_config
 
     config, decoding = trainer.config, trainer.data.decoding
-    solver = scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr)
-    current = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    solver = DPMSolverMultistepScheduler.from_config(scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr))
     info = {"fold": config.fold, "low_pass": preset.views.low_pass}
-    with torch.no_grad():
-        for name, value in trainer.trainable.items():
-            value.copy_(trainer.ema[name])
-        try:
-            from diffusers import DPMSolverMultistepScheduler
-
-            pipeline = GaussianAtlasPipeline(
-                trainer.unet.eval(), DPMSolverMultistepScheduler.from_config(solver), trainer.data.encoder, decoding.layout,
-                decoding.normalization, decoding.channels, info,
-            )  # fmt: skip
-            made = pipeline(list(preset.prompts[:4]), num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale).gaussians
-        finally:
-            for name, value in trainer.trainable.items():
-                value.copy_(current[name])
+    parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
+    with trainer.averaged():
+        pipeline = GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts)
+        made = pipeline(list(preset.prompts[:4]), num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale).gaussians
     return torch.cat([render(gaussians, Cameras.orbit(1, 192)).rgb[0] for gaussians in made], dim=1)
 
 

@@ -94,7 +94,7 @@ class VaryOperator(EditOperator, NewObjects, bpy.types.Operator):
         if problem := problem_of(context.active_object):
             cls.poll_message_set(problem)
             return False
-        return JobOperator.poll.__func__(cls, context)
+        return super().poll(context)
 
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         settings = context.scene.gaussian_atlas
@@ -135,7 +135,7 @@ class InpaintOperator(EditOperator, JobOperator, bpy.types.Operator):
         if problem:
             cls.poll_message_set(problem)
             return False
-        return JobOperator.poll.__func__(cls, context)
+        return super().poll(context)
 
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         object = context.active_object
@@ -155,14 +155,7 @@ class InpaintOperator(EditOperator, JobOperator, bpy.types.Operator):
         edited[edits.Edit.from_json(result.provenance.edit).cells] = True
         of_row = cells.stored(object)
         rows = np.nonzero((of_row >= 0) & edited[of_row])[0]
-        # Through a splat object, which is the one place that knows how Gaussians are written.
-        other = splat_object.write(result.gaussians, "new splats")
-        try:
-            new = layout.extract(other.data)
-        finally:
-            cloud = other.data
-            bpy.data.objects.remove(other)
-            bpy.data.pointclouds.remove(cloud)
+        new = splat_object.to_values(result.gaussians, object.name)
         values = layout.extract(object.data)
         for name, column in values.items():
             column[rows] = new[name][of_row[rows]]

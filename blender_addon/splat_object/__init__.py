@@ -5,6 +5,6 @@ from __future__ import annotations
 from .camera import camera_from, framing, pixel
 from .layout import is_splats, native
 from .morph import current
-from .object import read, transformed, write
+from .object import read, to_values, transformed, write
 
-__all__ = ["camera_from", "current", "framing", "is_splats", "native", "pixel", "read", "transformed", "write"]
+__all__ = ["camera_from", "current", "framing", "is_splats", "native", "pixel", "read", "to_values", "transformed", "write"]

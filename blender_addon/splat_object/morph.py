@@ -12,9 +12,9 @@ import bpy
 import numpy as np
 
 from ...generator.errors import InputError
-from . import cells, inputs, layout
+from . import cells, inputs
 from .layout import POSITION, RADIANCE, ROTATION, SCALE
-from .object import read, transformed, write
+from .object import from_values, read, to_values, transformed, write
 from .tree import Tree, output
 
 if TYPE_CHECKING:
@@ -42,15 +42,9 @@ def make(
     """
     if len(first) != len(second):
         raise InputError(f"objects of {len(first)} and {len(second)} splats do not correspond")
+    values = to_values(second, name)
     object = write(first, name, collection)
     cells.number(object)
-    other = write(second, name, collection)
-    try:
-        values = layout.extract(other.data)
-    finally:
-        cloud = other.data
-        bpy.data.objects.remove(other)
-        bpy.data.pointclouds.remove(cloud)
     attributes = object.data.attributes
     for key, (kind, _, _) in _ENDS.items():  # all are created before any is filled: creating one may move the others' storage
         attributes.new(_OTHER + key, kind, "POINT")
@@ -86,23 +80,14 @@ def _at_factor(object: bpy.types.Object, gaussians: Gaussians) -> Gaussians:
     modifier = modifier_of(object)
     if modifier is None or _OTHER + RADIANCE not in object.data.attributes:
         return gaussians
-    import torch
-
     from ...generator.atlas import morph
-    from ...generator.gaussians import Gaussians
 
     other = {}
     for key, (_, field, width) in _ENDS.items():
         flat = np.empty(len(object.data.points) * width, np.float32)
         object.data.attributes[_OTHER + key].data.foreach_get(field, flat)
-        other[key] = torch.from_numpy(flat.reshape(-1, width))
-    second = Gaussians(
-        means=other[POSITION],
-        quaternions=other[ROTATION],
-        scales=other[SCALE],
-        opacities=other[RADIANCE][:, 3].contiguous(),
-        colors=0.5 + layout.SH_C0 * other[RADIANCE][:, :3],
-    )
+        other[key] = flat.reshape(-1, width)
+    second = from_values(other)
     return morph(gaussians, second, min(1.0, max(0.0, float(inputs.get_value(modifier, FACTOR)))))
 
 

@@ -27,19 +27,7 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
     Raises:
         InputError: there are no Gaussians, or a number is not finite.
     """
-    count = len(gaussians)
-    if count == 0:
-        raise InputError(f"{name}: there are no Gaussians to make an object of")
-    host = gaussians.to("cpu")
-    radiance = np.concatenate([(host.colors.numpy() - 0.5) / layout.SH_C0, host.opacities.numpy()[:, None]], axis=1)
-    values = {
-        layout.POSITION: host.means.numpy(),
-        layout.SCALE: host.scales.numpy(),
-        layout.ROTATION: host.quaternions.numpy(),
-        layout.RADIANCE: radiance,
-    }
-    if not all(np.isfinite(value).all() for value in values.values()):
-        raise InputError(f"{name}: {int((~gaussians.finite()).sum())} of {count} Gaussians hold numbers that are not finite")
+    values, count = to_values(gaussians, name), len(gaussians)
     cloud = _new_cloud(name, count)
     layout.fill(cloud, values)
     object = bpy.data.objects.new(name, cloud)
@@ -52,6 +40,42 @@ def write(gaussians: Gaussians, name: str = "Gaussians", collection: bpy.types.C
     return object
 
 
+def to_values(gaussians: Gaussians, name: str) -> dict[str, np.ndarray]:
+    """Gaussians as the attributes of the layout, each [N, width]; `name` is what messages call them.
+
+    Raises:
+        InputError: there are no Gaussians, or a number is not finite.
+    """
+    if len(gaussians) == 0:
+        raise InputError(f"{name}: there are no Gaussians to make an object of")
+    host = gaussians.to("cpu")
+    values = {
+        layout.POSITION: host.means.numpy(),
+        layout.SCALE: host.scales.numpy(),
+        layout.ROTATION: host.quaternions.numpy(),
+        layout.RADIANCE: np.concatenate([(host.colors.numpy() - 0.5) / layout.SH_C0, host.opacities.numpy()[:, None]], axis=1),
+    }
+    if not all(np.isfinite(value).all() for value in values.values()):
+        raise InputError(f"{name}: {int((~gaussians.finite()).sum())} of {len(gaussians)} Gaussians hold numbers that are not finite")
+    return values
+
+
+def from_values(values: dict[str, np.ndarray]) -> Gaussians:
+    """The inverse of `to_values`, of float32 arrays."""
+    import torch
+
+    from ...generator.gaussians import Gaussians
+
+    tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+    return Gaussians(
+        means=tensors[layout.POSITION],
+        quaternions=tensors[layout.ROTATION],
+        scales=tensors[layout.SCALE],
+        opacities=tensors[layout.RADIANCE][:, 3].contiguous(),
+        colors=0.5 + layout.SH_C0 * tensors[layout.RADIANCE][:, :3],
+    )
+
+
 def read(object: bpy.types.Object, world: bool = False) -> Gaussians:
     """The Gaussians of a splat object, float32 on the CPU.
 
@@ -62,20 +86,9 @@ def read(object: bpy.types.Object, world: bool = False) -> Gaussians:
     Raises:
         InputError: the object is not a splat object.
     """
-    import torch
-
-    from ...generator.gaussians import Gaussians
-
     if object is None or object.type != "POINTCLOUD":
         raise InputError(f"{object.name if object else 'nothing'!r} is not a splat object: select one that was generated or imported")
-    values = {name: torch.from_numpy(value) for name, value in layout.extract(object.data).items()}
-    gaussians = Gaussians(
-        means=values[layout.POSITION],
-        quaternions=values[layout.ROTATION],
-        scales=values[layout.SCALE],
-        opacities=values[layout.RADIANCE][:, 3].contiguous(),
-        colors=0.5 + layout.SH_C0 * values[layout.RADIANCE][:, :3],
-    )
+    gaussians = from_values(layout.extract(object.data))
     return transformed(gaussians, np.array(object.matrix_world, dtype=np.float64)) if world else gaussians
 
 
