@@ -96,7 +96,7 @@ def following_base(preset: Preset) -> Preset:
     return replace(preset, **layout, finetune=going_on(preset.finetune, bundle))
 
 
-def _unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int, heads: int = 8) -> dict:
+def small_unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int, heads: int = 8) -> dict:
     """UNet2DConditionModel arguments; the pooled prompt joins the timestep, which small networks learn from fastest."""
     return {
         "sample_size": size,
@@ -120,7 +120,7 @@ PRESETS = {
         fit=FitConfig(count=1024, steps=120),
         minimum_psnr=15.0,
         pretrain=FinetuneConfig(
-            unet=_unet((64, 128, 128), (False, False, True), size=32),
+            unet=small_unet((64, 128, 128), (False, False, True), size=32),
             batch_size=16,
             learning_rate=5e-4,
             ema_decay=0.99,
@@ -129,7 +129,7 @@ PRESETS = {
             checkpoint_every=500,
         ),
         finetune=FinetuneConfig(
-            unet=_unet((64, 128, 128), (False, False, True), size=16),
+            unet=small_unet((64, 128, 128), (False, False, True), size=16),
             fold=2,
             prediction_type="sample",
             shift=3.0,
@@ -150,7 +150,7 @@ PRESETS = {
         recolour=4,
         never_recolour=_LIVING,
         finetune=FinetuneConfig(
-            unet=_unet((64, 128, 256), (False, False, True), size=32),
+            unet=small_unet((64, 128, 256), (False, False, True), size=32),
             fold=2,
             prediction_type="sample",
             shift=3.0,

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,6 +42,9 @@ from .fit import FitConfig
 from .presets import Preset
 from .sources import SourceObject, credits, open_source, with_colour
 from .training_data import TrainingData, from_shards
+
+if TYPE_CHECKING:
+    from generator.model.pipeline import GaussianAtlasPipeline
 
 # What of a fit's JSON goes into its record.
 _SCORES = ("psnr", "psnr_foreground", "ssim", "perceptual", "perceptual_name", "gaussians")
@@ -362,20 +366,21 @@ def pretrain(preset: Preset, run: Path) -> None:
 def training_data(preset: Preset, run: Path) -> TrainingData:
     """The shards, normalised as they are read, with the text features of their captions."""
     layout = AtlasLayout.load_default(preset.size, preset.projection)
-    return from_shards(run / "shards", _normalization(run), _text_encoder(preset.finetune), layout)
+    return from_shards(run / "shards", _normalization(run), text_encoder_of(preset.finetune), layout)
 
 
-def _text_encoder(config: FinetuneConfig) -> TextEncoder:
+def text_encoder_of(config: FinetuneConfig) -> TextEncoder:
+    """The text encoder that the settings ask for: their own, the base's, or MiniLM."""
     base = load_base(config.base) if config.base else None
     return text_encoder(config.text_encoder, base, config.unconditional)
 
 
-def _picture(preset: Preset, trainer: Trainer) -> torch.Tensor:
-    """What the averaged network makes of the preset's first prompts now: renders side by side, [H, W, 3]."""
+@contextmanager
+def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtlasPipeline]:
+    """A pipeline of the network in training; for as long as the context lasts with its averaged weights."""
     from diffusers import DPMSolverMultistepScheduler
 
     from generator.model.pipeline import GaussianAtlasPipeline
-    from generator.render import Cameras, render
 
     from .schedule import scheduler_config
 
@@ -384,7 +389,14 @@ def _picture(preset: Preset, trainer: Trainer) -> torch.Tensor:
     info = {"fold": config.fold, "low_pass": preset.views.low_pass}
     parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
-        pipeline = GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts)
+        yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts)
+
+
+def _picture(preset: Preset, trainer: Trainer) -> torch.Tensor:
+    """What the averaged network makes of the preset's first prompts now: renders side by side, [H, W, 3]."""
+    from generator.render import Cameras, render
+
+    with averaged_pipeline(preset, trainer) as pipeline:
         made = pipeline(list(preset.prompts[:4]), num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale).gaussians
     return torch.cat([render(gaussians, Cameras.orbit(1, 192)).rgb[0] for gaussians in made], dim=1)
 
@@ -399,7 +411,7 @@ def pack(preset: Preset, run: Path) -> None:
     found = checkpoints(run / "finetune")
     if not found:
         raise InputError(f"no checkpoint in {run / 'finetune'}: run `python -m trainer finetune` first")
-    encoder = _text_encoder(preset.finetune)
+    encoder = text_encoder_of(preset.finetune)
     normalization = _normalization(run)
     unet = trained_unet(preset.finetune, found[-1], encoder.width)
     step = json.loads((found[-1] / "state.json").read_text())["step"]
