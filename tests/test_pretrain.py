@@ -16,7 +16,7 @@ from tests.test_base import four_copies_agree
 from tests.test_finetune import CONFIG, UNET
 from trainer.base import load_base, text_encoder
 from trainer.finetune import FinetuneConfig, build_unet
-from trainer.pretrain import pictures, pretrain
+from trainer.pretrain import draw, pictures, pretrain
 from trainer.views import RECORDS, views_path
 
 BASE = replace(CONFIG, unet={**UNET, "sample_size": 16}, max_steps=4, checkpoint_every=2)
@@ -47,7 +47,7 @@ def test_pictures_are_the_views_averaged_and_premultiplied(views):
 
 def test_a_base_of_our_own_is_widened_as_any_other(views, tmp_path):
     pretrain(replace(BASE, max_steps=2), views, 16, tmp_path)
-    folder = pretrain(BASE, views, 16, tmp_path)  # goes on
+    folder = pretrain(BASE, views, 16, tmp_path, prompts=["a red ball"])  # goes on
     base = load_base(folder)
     assert base.prediction_type == "v_prediction" and base.licence == "CC-BY-3.0" and base.text_width == 384
     card = (folder / "README.md").read_text()
@@ -59,6 +59,26 @@ def test_a_base_of_our_own_is_widened_as_any_other(views, tmp_path):
     assert torch.equal(
         wide.state_dict()["mid_block.resnets.0.conv1.weight"], base.load_unet().state_dict()["mid_block.resnets.0.conv1.weight"]
     )
+
+
+def test_a_base_draws_what_it_has_learned(views, tmp_path):
+    """A network that gives its one training picture back whatever the noise must be sampled to that picture."""
+    from trainer.schedule import scheduler_config
+
+    data = pictures(views, 16, BASE)
+    wanted = data.atlases[0].float()
+
+    class Knows(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, x, timestep, encoder_hidden_states, return_dict):
+            asked = (encoder_hidden_states.abs().sum((1, 2)) > 0).float().reshape(-1, 1, 1, 1)
+            return (asked * wanted + (1 - asked) * -wanted,)
+
+    drawn = draw(Knows(), scheduler_config("sample", 1.0, True), data.encoder, ["a ball", "a cube"], 16, guidance=1.0)
+    assert drawn.shape == (2, 4, 16, 16) and torch.allclose(drawn, ((wanted + 1) / 2).expand(2, -1, -1, -1), atol=1e-3)
+    guided = draw(Knows(), scheduler_config("sample", 1.0, True), data.encoder, ["a ball"], 16, guidance=0.0)
+    assert torch.allclose(guided[0], (1 - wanted) / 2, atol=1e-3), "no guidance at all is what stands for no prompt"
 
 
 def test_missing_and_too_small_views_are_named(views, tmp_path):

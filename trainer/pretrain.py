@@ -7,6 +7,7 @@ a CPU: an RGBA picture plays the part of the latent, and the folder that comes o
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from generator.errors import InputError
 from generator.files import replacing_folder
+from generator.model.text import TextEncoder
 
 from .base import text_encoder
 from .finetune import FinetuneConfig, Trainer, checkpoints, trained_unet
@@ -66,15 +68,49 @@ def _picture(rgba: Tensor, size: int) -> Tensor:
     return (2 * adaptive_avg_pool2d(values, size) - 1).half()
 
 
-def pretrain(config: FinetuneConfig, directory: str | Path, size: int, run: Path, device: str = "cpu") -> Path:
+@torch.no_grad()
+def draw(
+    unet, schedule: dict, encoder: TextEncoder, prompts: Sequence[str], size: int, seed: int = 0, steps: int = 20, guidance: float = 3.5
+) -> Tensor:
+    """What a base draws: [P, 4, size, size] in 0..1, colour times alpha, and alpha; sampled as atlases are.
+
+    Args:
+        schedule: configuration of the solver, see `trainer.schedule.scheduler_config`.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    solver = DPMSolverMultistepScheduler.from_config(schedule)
+    solver.set_timesteps(steps, device=unet.device)
+    text = torch.cat([encoder.encode(list(prompts)).hidden, encoder.unconditional(len(prompts)).hidden]).to(unet.device, unet.dtype)
+    x = torch.randn(len(prompts), CHANNELS, size, size, generator=torch.Generator().manual_seed(seed)).to(unet.device)
+    for timestep in solver.timesteps:
+        found = unet(torch.cat([x, x]).to(unet.dtype), timestep, encoder_hidden_states=text, return_dict=False)[0].float()
+        wanted, plain = found.chunk(2)
+        x = solver.step(plain + guidance * (wanted - plain), timestep, x, return_dict=False)[0]
+    return ((x + 1) / 2).clamp(0, 1).cpu()
+
+
+def _logged(trainer: Trainer, size: int, prompts: Sequence[str]) -> Tensor:
+    """Drawings of the averaged network on white, side by side: [size, P size, 3]."""
+    config = trainer.config
+    with trainer.averaged():
+        schedule = scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr)
+        drawn = draw(trainer.unet.eval(), schedule, trainer.data.encoder, prompts, size)
+    return torch.cat(list((drawn[:, :3] + 1 - drawn[:, 3:]).permute(0, 2, 3, 1)), dim=1)
+
+
+def pretrain(config: FinetuneConfig, directory: str | Path, size: int, run: Path, device: str = "cpu", prompts: Sequence[str] = ()) -> Path:
     """Train on the views of a folder, go on where an earlier call stopped, and write the base to `run`/base in diffusers' layout.
+
+    Args:
+        prompts: drawn at every checkpoint, into the logs.
 
     Raises:
         InputError: no views, or other settings than those of the checkpoints there.
         WorkError: the run is lost.
     """
     data = pictures(directory, size, config)
-    trainer = Trainer(config, data, run / "pretrain", device)
+    trainer = Trainer(config, data, run / "pretrain", device, (lambda trainer: _logged(trainer, size, prompts)) if prompts else None)
     trainer.resume()
     for _ in trainer.run():
         pass

@@ -359,7 +359,7 @@ def pretrain(preset: Preset, run: Path) -> None:
     from .pretrain import pretrain as train_base
 
     device = "auto" if torch.cuda.is_available() else "cpu"
-    base = train_base(preset.pretrain, run / "views", preset.pretrain_size, run, device)
+    base = train_base(preset.pretrain, run / "views", preset.pretrain_size, run, device, preset.prompts[:8])
     _say(f"pretrain: {base}")
 
 
