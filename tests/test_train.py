@@ -132,6 +132,23 @@ def test_a_bundle_is_gone_on_from_with_ones_own_objects(run, tmp_path):
     assert after("a plank").gaussians[0].finite().all()
 
 
+def test_guidance_is_distilled_into_a_bundle(run, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(run / "shards", own / "shards")
+    preset = PRESETS["tiny"]
+    changes = {"max_steps": 2, "decay_steps": 0, "warmup_steps": 0, "batch_size": 2, "mixed_precision": "no"}
+    config = replace(preset.finetune, base=str(run / "bundle"), distill_guidance=6.0, **changes)
+    preset = replace(preset, finetune=config, prompts=("a plank",), steps=2)
+    for stage in (stages.stats, stages.finetune, stages.pack):
+        stage(preset, own)
+    pipeline = GaussianAtlasPipeline.from_pretrained(own / "bundle", device="cpu")
+    assert pipeline.distilled_guidance == 6
+    batches = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    assert pipeline("a plank", num_inference_steps=2, guidance_scale=5.0).gaussians[0].finite().all()
+    assert batches == [1, 1]
+
+
 def test_stages_that_come_too_early_say_what_to_run(tmp_path):
     for stage, missing in (("fit", "views"), ("atlas", "fit"), ("stats", "atlas"), ("finetune", "stats"), ("pack", "finetune")):
         result = trainer(stage, "--preset", "tiny", "--runs", str(tmp_path))

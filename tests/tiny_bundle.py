@@ -81,7 +81,7 @@ def normalization(layout_id: str | None = None) -> Normalization:
 
 def write_tiny_bundle(directory: Path, **changes) -> Path:
     """Save the tiny model; `changes` replace arguments of save_bundle, or keys of its info."""
-    info = INFO | {key: changes.pop(key) for key in list(changes) if key in INFO or key in ("metrics", "vocabulary")}
+    info = INFO | {key: changes.pop(key) for key in list(changes) if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance")}
     parts = {
         "unet": tiny_unet(CHANNELS * info["fold"] ** 2),
         "scheduler_config": SCHEDULER,

@@ -30,6 +30,7 @@ from generator.errors import InputError, WorkError
 from generator.model.bundle import Bundle
 from generator.model.editing import clean_estimate
 from generator.model.folding import fold, unfold
+from generator.model.guidance import embed_guidance, with_guidance_input
 from generator.model.pipeline import fast_dtype
 from generator.model.widen import widen_unet
 
@@ -74,6 +75,7 @@ class FinetuneConfig:
     render_below: int = 300  # timesteps below which an atlas is clear enough to be rendered
     render_most: int = 8  # samples of a step that are rendered in each process
     render_size: int = 64  # pixels
+    distill_guidance: float = 0.0  # above 1: learn what `base`, a bundle, predicts under guidance of up to this, in one prediction
     text_dropout: float = 0.2  # share of samples trained without a prompt, for classifier-free guidance
     batch_size: int = 64  # samples a step, over all processes
     micro_batch: int = 0  # samples at once in a process, gradients add up over the rest; 0 takes all: more needs more memory
@@ -100,6 +102,8 @@ class FinetuneConfig:
             raise InputError("prediction_type epsilon says nothing of the atlas where all is noise: set zero_terminal_snr to False")
         if self.mixed_precision not in ("auto", "bf16", "no"):
             raise InputError(f"mixed_precision must be auto, bf16 or no, got {self.mixed_precision!r}")
+        if self.distill_guidance and not (self.distill_guidance > 1 and self.base and not self.lora_rank):
+            raise InputError("distill_guidance must be above 1 and needs a bundle as base and lora_rank 0: the whole network learns")
         if len(self.channel_weights) != len(ATTRIBUTES):
             raise InputError(f"channel_weights needs one number for each of {', '.join(ATTRIBUTES)}")
         if not 0 <= self.text_dropout < 1:
@@ -123,6 +127,7 @@ class Batch(NamedTuple):
     timesteps: Tensor  # [B]
     text: Tensor  # [B, L, D]
     views: Tensor  # [B, 5] in 0..1: direction and background of a render, see RenderLoss
+    guidance: Tensor  # [B] scale that is distilled; 1 where none is
 
 
 class Trainer:
@@ -153,6 +158,8 @@ class Trainer:
         if config.batch_size % processes:
             raise InputError(f"batch_size {config.batch_size} cannot be shared by {processes} processes: make it a multiple")
         self.unet = build_unet(config, data.text_width, data.channels).to(self.device, memory_format=torch.channels_last)
+        # Whose guided predictions are learned.
+        self.teacher = load_base(config.base).bundle.load_unet(self.device) if config.distill_guidance else None
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trainable = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -196,30 +203,37 @@ class Trainer:
         picks = torch.rand(size, generator=generator)[share].tolist()
         dropped = (torch.rand(size, generator=generator) < config.text_dropout)[share]
         views = torch.rand(size, 5, generator=generator)[share]
+        # A tenth at 1 exactly: of these predictions negative prompts are made.
+        spread = torch.rand(size, generator=generator)[share] if self.teacher is not None else torch.zeros(len(picks))
+        guidance = 1 + (config.distill_guidance - 1) * (spread / 0.9 - 0.1 / 0.9).clamp_min(0)
         chosen = chosen[share].tolist()
         clean = self.data.atlases[chosen].float()
         noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds[share]])
         captions = [self.data.captions[row] for row in chosen]
         text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks, strict=True)]].float()
         text = torch.where(dropped[:, None, None], self.data.unconditional.to(text), text)
-        return Batch(*(tensor.to(self.device) for tensor in (clean, noise, timesteps[share], text, views)))
+        return Batch(*(tensor.to(self.device) for tensor in (clean, noise, timesteps[share], text, views, guidance)))
 
     def loss(self, batch: Batch, model: torch.nn.Module | None = None, render_factor: float = 0.0) -> Tensor:
         """Weighted v-prediction loss (equation 3 of the paper; Salimans and Ho 2022) and losses on renders: a scalar.
+
+        Where guidance is distilled the right prediction is not that of the data but the teacher's.
 
         Args:
             model: the network by default.
             render_factor: on the losses on renders.
         """
-        clean, noise, timesteps, text, views = batch
+        clean, noise, timesteps, text, views, guidance = batch
         config = self.config
         alpha = self.alphas[timesteps].sqrt().reshape(-1, 1, 1, 1)
         sigma = (1 - self.alphas[timesteps]).sqrt().reshape(-1, 1, 1, 1)
         noisy = alpha * clean + sigma * noise
         folded = fold(noisy, config.fold).contiguous(memory_format=torch.channels_last)
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-        with autocast:
-            output = (model or self.unet)(folded, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        inputs = {"encoder_hidden_states": text, "return_dict": False}
+        if self.teacher is not None:
+            inputs["timestep_cond"] = embed_guidance(guidance, self.unet.config.time_cond_proj_dim)
+        with self._autocast():
+            output = (model or self.unet)(folded, timesteps, **inputs)[0]
         output = unfold(output.float(), config.fold)
         if config.prediction_type == "v_prediction":
             target, weight = alpha * noise - sigma * clean, torch.ones_like(sigma)
@@ -229,6 +243,9 @@ class Trainer:
         else:
             # v = (e - sigma z) / alpha, likewise.
             target, weight = noise, 1 / alpha.square().clamp_min(0.1)
+        if self.teacher is not None:
+            target = self._taught(folded, timesteps, text, guidance)
+            clean = clean_estimate(target, noisy, alpha, sigma, config.prediction_type)
         if config.min_snr_gamma:
             snr = alpha.square() / sigma.square().clamp_min(1e-8)
             weight = weight * snr.clamp_max(config.min_snr_gamma) / (snr + 1)
@@ -240,6 +257,18 @@ class Trainer:
                 renders = self.render_loss(denoised, clean[clear], views[clear, :2], views[clear, 2:])
                 loss = loss + render_factor * renders.sum() / len(clean)
         return loss
+
+    @torch.no_grad()
+    def _taught(self, folded: Tensor, timesteps: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+        """What the teacher predicts, guided by [B]: [B, 16, H, W]."""
+        texts = torch.cat([text, self.data.unconditional.to(text).expand_as(text)])
+        with self._autocast():
+            both = self.teacher(torch.cat([folded] * 2), timesteps.repeat(2), encoder_hidden_states=texts, return_dict=False)[0]
+        found, without = unfold(both.float(), self.config.fold).chunk(2)
+        return torch.lerp(without, found, guidance.reshape(-1, 1, 1, 1))
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, constant, linear decay at the end."""
@@ -464,11 +493,16 @@ def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS
         base = load_base(config.base)
         if base.bundle and config != going_on(config, base.bundle):
             raise InputError(f"base {config.base!r} was trained with another fold, prediction or noise: keep its settings")
+        if base.bundle and base.bundle.info.get("distilled_guidance"):
+            raise InputError(f"base {config.base!r} is distilled: go on from the model that it was distilled from")
+        if not base.bundle and config.distill_guidance:
+            raise InputError(f"base {config.base!r} is a 2D model: only guidance of a bundle can be distilled")
         if not base.bundle and config.fold != 1:
             raise InputError("a 2D base takes plain atlases: set fold to 1")
         if base.text_width != text_width:
             raise InputError(f"base {config.base!r} attends to text of width {base.text_width}, the text encoder gives {text_width}")
         unet = base.load_unet() if base.bundle else widen_unet(base.load_unet())
+        unet = with_guidance_input(unet) if config.distill_guidance else unet
     if config.lora_rank:
         from peft import LoraConfig
 

@@ -386,7 +386,7 @@ def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtla
 
     config, decoding = trainer.config, trainer.data.decoding
     solver = DPMSolverMultistepScheduler.from_config(scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr))
-    info = {"fold": config.fold, "low_pass": preset.views.low_pass}
+    info = {"fold": config.fold, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
     parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
         yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts)
@@ -443,6 +443,8 @@ def pack(preset: Preset, run: Path) -> None:
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
         "inference": {"dtype": "auto", "channels_last": True},
     }
+    if config.distill_guidance:
+        info["distilled_guidance"] = config.distill_guidance
     save_bundle(
         run / "bundle",
         unet=unet,

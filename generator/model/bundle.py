@@ -106,7 +106,8 @@ def save_bundle(
         unet: network of 16 fold^2 channels in and out.
         scheduler_config: arguments of DPMSolverMultistepScheduler.
         info: JSON values: name, version, licence, trained_on (required), and for instance fold, vocabulary, metrics,
-            defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto", "channels_last": true}).
+            defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto", "channels_last": true}),
+            distilled_guidance (of a network that takes guidance of 1 to this as an input).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.
 
@@ -248,6 +249,11 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
         raise InputError(f"{directory}: the normalization was computed for layout {normalization.layout_id}, the atlas has {layout.id}")
     if normalization.mean.shape[-1] not in (1, layout.size):
         raise InputError(f"{directory}: the normalization has {normalization.mean.shape[-1]} cells a side, the atlas {layout.size}")
+    distilled = info.get("distilled_guidance", 0)
+    takes = unet_config.get("time_cond_proj_dim") is not None
+    if isinstance(distilled, bool) or not isinstance(distilled, int | float) or not (distilled > 1 if takes else distilled == 0):
+        knows = "a network that takes guidance as an input needs distilled_guidance above 1, any other none"
+        raise InputError(f"{directory}: {knows}; this one {'takes' if takes else 'does not take'} it, and got {distilled!r}")
     inference = info.get("inference", {})
     if not isinstance(inference, dict) or inference.get("dtype", "auto") not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"{directory}: inference.dtype must be auto, float32, bfloat16 or float16")

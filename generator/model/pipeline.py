@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from ..gaussians import Gaussians
 from .bundle import find_bundle, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold
+from .guidance import embed_guidance
 from .text import TextEncoder
 
 if TYPE_CHECKING:
@@ -136,6 +136,11 @@ class GaussianAtlasPipeline:
     def device(self) -> torch.device:
         return self.unet.device
 
+    @property
+    def distilled_guidance(self) -> float:
+        """The most guidance that the network takes as an input, which it then needs one prediction for; 0 where it takes none."""
+        return float(self.info.get("distilled_guidance", 0.0))
+
     @torch.no_grad()
     def __call__(
         self,
@@ -161,7 +166,8 @@ class GaussianAtlasPipeline:
             seed: 0 to 2^63 - 1; the same seed gives the same object, bit for bit on one machine with the same batch size.
             num_inference_steps: solver steps, 1 to 1000; by default the model's, else 20.
             guidance_scale: weight of classifier-free guidance (Ho and Salimans 2022); 1 and below turns it off, halving the
-                work; by default the model's, else 3.5.
+                work; by default the model's, else 3.5. A distilled model takes it as an input, at the work of none; above what it
+                has learned, or with a negative prompt, guidance is made of two predictions as with any other model.
             num_samples_per_prompt: objects for each prompt.
             batch_size: objects that are sampled at once; more needs more memory.
             callback: called after every step, see StepCallback.
@@ -200,10 +206,10 @@ class GaussianAtlasPipeline:
             mixed, mix_prompt = [mix_prompt] * len(prompts), None
         else:
             mixed = prompts
-        positive, negative = self._encode(mixed, negative_prompt if guidance > 1 else None)
+        positive, negative = self._encode(mixed), self._leading_away(negative_prompt, guidance)
         mix = None
         if mix_prompt is not None and mix_weight > 0:
-            mix = _Mix(self._encode([mix_prompt], None)[0], float(mix_weight))
+            mix = _Mix(self._encode([mix_prompt]), float(mix_weight))
         _stop_if(cancel)
         seconds = {"text": time.perf_counter() - started, "sample": 0.0, "decode": 0.0}
         output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds)
@@ -225,7 +231,7 @@ class GaussianAtlasPipeline:
 
             started = time.perf_counter()
             scheduler = self._scheduler(output.num_inference_steps, strength)
-            predict = partial(self._predict, positive=positive[rows], negative=negative, guidance=guidance, mix=mix)
+            predict = self._predictor(positive[rows], negative, guidance, mix)
             latents = self._sample(seeds[rows], scheduler, predict, source, report, cancel)
             seconds["sample"] += time.perf_counter() - started
             started = time.perf_counter()
@@ -235,17 +241,19 @@ class GaussianAtlasPipeline:
             seconds["decode"] += time.perf_counter() - started
         return output
 
-    def _encode(self, prompts: list[str], negative_prompt: str | None) -> tuple[Tensor, Tensor]:
-        """Hidden states of the prompts [B, L, D] and of what guidance leads away from [1, L, D]."""
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """Hidden states of the prompts [B, L, D]."""
         unique = list(dict.fromkeys(prompts))
-        hidden = self.text_encoder.encode(unique).hidden
-        positive = hidden[[unique.index(text) for text in prompts]]
-        if negative_prompt and negative_prompt.strip():
-            negative = self.text_encoder.encode([negative_prompt]).hidden
-        else:
-            negative = self.text_encoder.unconditional(1).hidden
-        to = {"device": self.unet.device, "dtype": self.unet.dtype}
-        return positive.to(**to), negative.to(**to)
+        hidden = self.text_encoder.encode(unique).hidden[[*map(unique.index, prompts)]]
+        return hidden.to(self.unet.device, self.unet.dtype)
+
+    def _leading_away(self, negative_prompt: str | None, guidance: float) -> Tensor | None:
+        """Hidden states of what guidance leads away from in a prediction of its own [1, L, D]; None where there is no such prediction."""
+        named = bool(negative_prompt and negative_prompt.strip())
+        if guidance <= 1 or (guidance <= self.distilled_guidance and not named):
+            return None
+        hidden = (self.text_encoder.encode([negative_prompt]) if named else self.text_encoder.unconditional(1)).hidden
+        return hidden.to(self.unet.device, self.unet.dtype)
 
     def _scheduler(self, steps: int, strength: float) -> DPMSolverMultistepScheduler:
         """A solver of its own, at the beginning of its timesteps: it keeps state, and another thread may be sampling."""
@@ -253,22 +261,33 @@ class GaussianAtlasPipeline:
         set_start(scheduler, steps, strength, self.unet.device)
         return scheduler
 
-    def _predict(
-        self, latents: Tensor, timestep: Tensor, *, positive: Tensor, negative: Tensor, guidance: float, mix: _Mix | None
-    ) -> Tensor:
-        """What the network predicts for latents [B, C, H, W], guided and mixed, float32 of the same shape."""
-        texts = [positive]
-        if mix is not None:
-            texts.append(mix.text.expand_as(positive))
-        if guidance > 1:
-            texts.append(negative.expand_as(positive))
+    def _predictor(
+        self, positive: Tensor, negative: Tensor | None, guidance: float, mix: _Mix | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the network predicts for latents [B, C, H, W] at a timestep, guided and mixed, float32 of the same shape.
+
+        Args:
+            positive: [B, L, D].
+            negative: [1, L, D], predicted for as well; None where there is no guidance, or the network knows it.
+        """
+        # Whatever is the same in every step is made here. The network's dtype is one of these: to tell it, it looks through all its parts.
+        texts = [positive] + ([] if mix is None else [mix.text]) + ([] if negative is None else [negative])
+        text = torch.cat([each.expand_as(positive) for each in texts])
+        count, dtype = len(texts), self.unet.dtype
         layout = torch.channels_last if self.info.get("inference", {}).get("channels_last", True) else torch.contiguous_format
-        batch = torch.cat([latents] * len(texts)).to(self.unet.dtype).contiguous(memory_format=layout)
-        predicted = self.unet(batch, timestep, encoder_hidden_states=torch.cat(texts), return_dict=False)[0].float()
-        predictions = list(predicted.chunk(len(texts)))
-        without = predictions.pop() if guidance > 1 else None
-        found = predictions[0] if mix is None else torch.lerp(*predictions, mix.weight)
-        return found if without is None else without + guidance * (found - without)
+        inputs = {"encoder_hidden_states": text, "return_dict": False}
+        if self.distilled_guidance:
+            scales = torch.full((len(text),), max(float(guidance), 1.0) if negative is None else 1.0)
+            inputs["timestep_cond"] = embed_guidance(scales, self.unet.config.time_cond_proj_dim).to(text)
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            batch = torch.cat([latents] * count).to(dtype).contiguous(memory_format=layout)
+            predictions = list(self.unet(batch, timestep, **inputs)[0].float().chunk(count))
+            without = None if negative is None else predictions.pop()
+            found = predictions[0] if mix is None else torch.lerp(*predictions, mix.weight)
+            return found if without is None else without + guidance * (found - without)
+
+        return predict
 
     def _sample(
         self,

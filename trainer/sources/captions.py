@@ -160,9 +160,7 @@ _SYNONYMS = {
 }
 _NUMBERS = {"2": "two", "3": "three", "4": "four", "5": "five", "6": "six"}
 # Colours of the plain vocabulary: a caption that already holds one is left alone.
-COLOUR_WORDS = frozenset(
-    "red orange yellow green blue purple violet pink brown beige black grey gray white silver golden gold".split()
-)
+COLOUR_WORDS = frozenset("red orange yellow green blue purple violet pink brown beige black grey gray white silver golden gold".split())
 _MASS = frozenset("bamboo bread butter cutlery furniture grass luggage milk salt soap sugar tape water".split())
 _SINGULAR_IN_S = frozenset(
     "aquarius basis bus cactus canvas chess christmas compass cypress dress gas glass grass iris lens mattress press tennis trellis "
