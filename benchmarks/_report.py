@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
+Result = TypeVar("Result")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -23,6 +27,29 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
         work()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def alone(work: Callable[..., Result], *arguments: object) -> Result:
+    """What `work`, a function of a module, returns in a process of its own: its memory and what it loads are not another's.
+
+    Raises:
+        RuntimeError: the process ended without a result; it has said why.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{work.__name__} failed in its process") from error
+    finally:
+        process.join()
+
+
+def _send(sender: Connection, work: Callable, arguments: tuple) -> None:
+    sender.send(work(*arguments))
 
 
 def machine() -> dict:
