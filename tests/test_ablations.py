@@ -133,8 +133,8 @@ def test_differences_are_taken_seed_by_seed():
     """A spread that all variants share must not hide what is the same in every seed."""
     metrics = {metric.key: 0.0 for metric in ablation_report.METRICS}
     scores = {
-        "transferred": {seed: {**metrics, "similarity": 0.1 * seed, "held_out_loss": 1.0} for seed in range(3)},
-        "scratch": {seed: {**metrics, "similarity": 0.1 * seed - 0.02 + 0.001 * seed, "held_out_loss": 2.0} for seed in range(4)},
+        "transferred": {seed: {**metrics, "score": 0.1 * seed, "held_out_loss": 1.0} for seed in range(3)},
+        "scratch": {seed: {**metrics, "score": 0.1 * seed - 0.02 + 0.001 * seed, "held_out_loss": 2.0} for seed in range(4)},
         "own": {seed: {**metrics, "held_out_loss": 0.1} for seed in range(3)},
     }
     text = ablation_report.differences(scores)

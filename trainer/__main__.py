@@ -202,6 +202,33 @@ def _card(arguments: list[str]) -> int:
     return 0
 
 
+def _ablations(arguments: list[str]) -> int:
+    """Train the paper's choices against their alternatives, and write the page."""
+    from .ablations import PRESET, VARIANTS, ablate
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer ablations",
+        description="Pretrain a small 2D base, then train the baseline and every variant with several seeds, judge what they "
+        "draw, and write tables, curves and pictures. Finished runs are kept, a stopped one goes on. Hours on two cores.",
+        epilog="Variants: " + "; ".join(f"{name}, {variant.title}" for name, variant in VARIANTS.items()),
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of all runs; this one lies in RUNS/ablations (default: runs)"
+    )
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help="which of the variants (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of every variant (default: 0 1 2)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/ablations.md"), metavar="F.md", help="the page (default: docs/ablations.md)"
+    )
+    options = parser.parse_args(arguments)
+    check_writable(options.output)
+    run = options.runs / PRESET.name
+    run.mkdir(parents=True, exist_ok=True)
+    ablate(PRESET, run, options.variants, options.seeds, options.output)
+    print(f"ablations: {options.output}")
+    return 0
+
+
 def _scale(arguments: list[str]) -> int:
     """Print what a large data set takes."""
     from .scale import PAPER_OBJECTS, Cluster, measure, report
@@ -296,6 +323,7 @@ COMMANDS = {
     "import-views": (_import_views, "the renders of G-Objaverse as the views of a run"),
     "card": (_card, "what a run's data set holds, how good it is and whom to thank, as Markdown"),
     "scale": (_scale, "what a large data set would take, projected and simulated from the records of a small one"),
+    "ablations": (_ablations, "what the paper's choices are worth at a small scale: trains, judges and writes docs/ablations.md"),
     "layout": (_layouts, "compute a stored layout anew"),
 }
 

@@ -30,16 +30,17 @@ class Metric:
 
     key: str  # in scores.json
     title: str
-    better: int  # 1 where more is better, -1 where less is
+    better: int  # 1 where more is better, -1 where less is, 0 for a control
     digits: int
 
 
 METRICS = (
     Metric("held_out_loss", "held-out loss", -1, 3),
-    Metric("similarity", "similarity to the prompt", 1, 3),
+    Metric("score", "judge's score", 1, 3),
+    Metric("shuffled", "with other captions", 0, 3),
     Metric("r_precision", "R-precision", 1, 3),
-    Metric("kid", "kernel distance", -1, 4),
-    Metric("failed", "failed", -1, 3),
+    Metric("category_accuracy", "category accuracy", 1, 3),
+    Metric("kernel_distance", "kernel distance", -1, 4),
 )
 
 
@@ -101,12 +102,13 @@ def results(scores: dict[str, dict[int, dict]], top: dict) -> str:
 def differences(scores: dict[str, dict[int, dict]]) -> str:
     """Variant minus baseline, seed by seed: the same batches and noise went into both. Bold where the interval leaves out zero."""
     rows = []
+    judged = [metric for metric in METRICS if metric.better]
     for name, of_seeds in scores.items():
         common = sorted(set(of_seeds) & set(scores[BASELINE]))
         if name == BASELINE or not common:
             continue
         cells = []
-        for metric in METRICS:
+        for metric in judged:
             if not _has(name, metric):
                 cells.append("")
                 continue
@@ -115,7 +117,7 @@ def differences(scores: dict[str, dict[int, dict]]) -> str:
             verdict = "better" if interval.mean * metric.better > 0 else "worse"
             cells.append(f"**{text}** ({verdict})" if interval.clear else text)
         rows.append([VARIANTS[name].title, *cells])
-    return table(["minus the baseline", *(m.title for m in METRICS)], rows)
+    return table(["minus the baseline", *(m.title for m in judged)], rows)
 
 
 def _has(name: str, metric: Metric) -> bool:

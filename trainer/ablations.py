@@ -30,6 +30,7 @@ from generator.gaussians import Gaussians
 from generator.tensors import load_tensors, save_tensors
 
 from . import dataset
+from .evaluate.judge import Judge, evaluate_set, examples_from_shards, look
 from .finetune import FinetuneConfig, Trainer
 from .fit import FitConfig
 from .presets import PRESETS, Preset, small_unet
@@ -214,8 +215,27 @@ def made(folder: Path, preset: Preset) -> list[tuple[str, Gaussians]]:
 
 
 def score(preset: Preset, run: Path) -> None:
-    """Judge what every finished run drew, and the fits themselves; what is scored is kept."""
-    pass
+    """Judge what every trained run drew, and the fits themselves; what is scored is kept."""
+    layout = AtlasLayout.load_default(preset.size)
+    todo = [path.parent for path in sorted(run.glob("*-*/made.safetensors")) if not (path.parent / "scores.json").is_file()]
+    if not todo and (run / "ceiling.json").is_file():
+        return
+    if not (run / "judge.safetensors").is_file():
+        Judge.train(examples_from_shards(run / "shards", layout)).save(run / "judge.safetensors")
+    judge = Judge.load(run / "judge.safetensors")
+    samples = [sample for sample, _ in dataset.read_shards(run / "shards")]
+    fits = {sample.id: from_atlas(Atlas(sample.values, layout.id, sample.spec), layout) for sample in samples}
+    references = look(list(fits.values()))
+    for folder in todo:
+        _write(folder / "scores.json", _numbers(evaluate_set(judge, made(folder, preset), references)))
+    drawn = set(json.loads(load_tensors(next(run.glob("*-*/made.safetensors")))[1]["prompts"]))
+    same = [(sample.record["captions"][0], sample.id) for sample in samples if sample.record["captions"][0] in drawn]
+    ceiling = evaluate_set(judge, [(caption, fits[name]) for caption, name in same], None, [name for _, name in same])
+    _write(run / "ceiling.json", _numbers(ceiling))
+
+
+def _numbers(scores: dict) -> dict[str, float]:
+    return {key: value for key, value in scores.items() if isinstance(value, int | float)}
 
 
 def finished(run: Path, name: str) -> list[int]:
@@ -239,7 +259,7 @@ def ceiling(run: Path) -> dict[str, float]:
     return _read(run / "ceiling.json", {})
 
 
-def main(preset: Preset, run: Path, names: Sequence[str], seeds: Sequence[int], output: Path) -> None:
+def ablate(preset: Preset, run: Path, names: Sequence[str], seeds: Sequence[int], output: Path) -> None:
     """Everything from objects to the page.
 
     Raises:
