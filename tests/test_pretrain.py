@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from generator.errors import InputError
 from generator.model.widen import widen_unet
@@ -17,6 +18,7 @@ from tests.test_finetune import CONFIG, UNET
 from trainer.base import load_base, text_encoder
 from trainer.finetune import FinetuneConfig, build_unet
 from trainer.pretrain import draw, pictures, pretrain
+from trainer.sources.pictures import name_of, read_picture
 from trainer.views import RECORDS, views_path
 
 BASE = replace(CONFIG, unet={**UNET, "sample_size": 16}, max_steps=4, checkpoint_every=2)
@@ -86,3 +88,51 @@ def test_missing_and_too_small_views_are_named(views, tmp_path):
         pictures(tmp_path, 16, BASE)
     with pytest.raises(InputError, match="views of 48 pixels: pictures of 64"):
         pictures(views, 64, BASE)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("red-apple_02", "red apple"),
+        ("1fa91", "chair"),
+        ("1F6CF-fe0f", "bed"),
+        ("1f1e9-1f1ea", ""),  # a flag
+        ("1f170-fe0f", ""),  # a letter
+        ("0023-fe0f-20e3", ""),
+        ("23-fe0f-20e3", ""),
+        ("bed", "bed"),  # is hexadecimal
+        ("facade-decade", "facade decade"),
+        ("IMG_0042", "img"),
+        ("0042", ""),
+    ],
+)
+def test_names_of_pictures(stem, name):
+    assert name_of(stem) == name
+
+
+def test_named_pictures_are_centred_on_a_transparent_square(tmp_path):
+    red = np.zeros((20, 40, 4), np.uint8)
+    red[...] = (255, 0, 0, 255)
+    Image.fromarray(red).save(tmp_path / "red-brick.png")
+    value = read_picture(tmp_path / "red-brick.png", 16)
+    assert value.shape == (4, 16, 16) and torch.allclose(value[:, 8, 8], torch.tensor([1.0, 0, 0, 1])) and value[:, 1].abs().max() == 0
+    small = read_picture(tmp_path / "red-brick.png", 64)
+    assert small[3].sum() == 20 * 40, "a picture that is smaller is not enlarged"
+    (tmp_path / "broken-cup.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="broken-cup.png: not a readable picture"):
+        read_picture(tmp_path / "broken-cup.png", 16)
+
+
+def test_a_base_learns_from_named_pictures_and_says_so(views, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("blue-cup", "0042"):
+        Image.new("RGBA", (24, 24), (0, 0, 255, 255)).save(tmp_path / "set" / f"{name}.png")
+    with pytest.raises(InputError, match="need their licence"):
+        pretrain(BASE, views, 16, tmp_path, folders=[tmp_path / "set"])
+    data = pictures(views, 16, BASE, [tmp_path / "set"])
+    assert data.ids[-1] == "picture-blue-cup" and data.ids.count("picture-blue-cup") == 1
+    assert [data.features.captions[row] for row in data.captions[-1]] == ["blue cup", "a blue cup"]
+    folder = pretrain(replace(BASE, max_steps=1), views, 16, tmp_path, folders=[tmp_path / "set"], folders_licence="MIT")
+    assert "1 named pictures (MIT)" in (folder / "README.md").read_text() and "MIT" in load_base(folder).licence
+    with pytest.raises(InputError, match="no such folder of pictures"):
+        pictures(views, 16, BASE, [tmp_path / "none"])

@@ -57,6 +57,8 @@ class Preset:
     fit: FitConfig = field(default_factory=FitConfig)
     pretrain: FinetuneConfig = field(default_factory=FinetuneConfig)  # of a small 2D base: the stage `pretrain`, which `train` leaves out
     pretrain_size: int = 32  # pixels of its pictures
+    pretrain_pictures: tuple[str, ...] = ()  # folders of named pictures that it learns from beside the renders
+    pretrain_licence: str = ""  # of these pictures
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     prompts: tuple[str, ...] = ("an armchair", "a lamp", "a car", "a plant")  # drawn by the evaluation
     steps: int = 20  # sampling steps of the bundle

@@ -22,6 +22,7 @@ from .base import text_encoder
 from .finetune import FinetuneConfig, Trainer, checkpoints, trained_unet
 from .schedule import scheduler_config
 from .sources import SourceObject, credits
+from .sources.pictures import named_pictures, read_picture
 from .training_data import CaptionFeatures, TrainingData
 from .views import Views, read_records, views_path
 
@@ -29,15 +30,16 @@ from .views import Views, read_records, views_path
 CHANNELS = 4
 
 
-def pictures(directory: str | Path, size: int, config: FinetuneConfig) -> TrainingData:
-    """All views of a folder as pictures [4, size, size], with the captions of their objects.
+def pictures(directory: str | Path, size: int, config: FinetuneConfig, folders: Sequence[str | Path] = ()) -> TrainingData:
+    """All views of a folder as pictures [4, size, size], with the captions of their objects; then named pictures.
 
     Args:
         directory: of `trainer.views`.
         size: pixels, image side; the views are averaged down to it.
+        folders: of named pictures, see `trainer.sources.pictures`.
 
     Raises:
-        InputError: there are no views, or they are smaller than `size`.
+        InputError: there are no views, they are smaller than `size`, or a named picture cannot be read.
     """
     records = _rendered(directory)
     if not records:
@@ -52,6 +54,11 @@ def pictures(directory: str | Path, size: int, config: FinetuneConfig) -> Traini
         rows = [texts.setdefault(caption, len(texts)) for caption in record["captions"]]
         captions += [rows] * len(rgba)
         ids += [record["id"]] * len(rgba)
+    for folder in folders:
+        for picture in named_pictures(folder):
+            parts.append((2 * read_picture(picture.path, size) - 1).half()[None])
+            captions.append([texts.setdefault(caption, len(texts)) for caption in picture.captions])
+            ids.append(f"picture-{picture.path.stem}")
     encoder = text_encoder(config.text_encoder, None, config.unconditional)
     features = CaptionFeatures(encoder, list(texts))
     return TrainingData(torch.cat(parts), captions, features, ids, encoder.unconditional(1).hidden[0], encoder=encoder, channels=CHANNELS)
@@ -99,17 +106,29 @@ def _logged(trainer: Trainer, size: int, prompts: Sequence[str]) -> Tensor:
     return torch.cat(list((drawn[:, :3] + 1 - drawn[:, 3:]).permute(0, 2, 3, 1)), dim=1)
 
 
-def pretrain(config: FinetuneConfig, directory: str | Path, size: int, run: Path, device: str = "cpu", prompts: Sequence[str] = ()) -> Path:
+def pretrain(
+    config: FinetuneConfig,
+    directory: str | Path,
+    size: int,
+    run: Path,
+    device: str = "cpu",
+    prompts: Sequence[str] = (),
+    folders: Sequence[str | Path] = (),
+    folders_licence: str = "",
+) -> Path:
     """Train on the views of a folder, go on where an earlier call stopped, and write the base to `run`/base in diffusers' layout.
 
     Args:
         prompts: drawn at every checkpoint, into the logs.
+        folders: of named pictures to learn from as well, whose licence must be said.
 
     Raises:
-        InputError: no views, or other settings than those of the checkpoints there.
+        InputError: no views, named pictures without a licence, or other settings than those of the checkpoints there.
         WorkError: the run is lost.
     """
-    data = pictures(directory, size, config)
+    if folders and not folders_licence:
+        raise InputError("named pictures need their licence, which the base inherits: give --pretrain-licence, such as MIT")
+    data = pictures(directory, size, config, folders)
     trainer = Trainer(config, data, run / "pretrain", device, (lambda trainer: _logged(trainer, size, prompts)) if prompts else None)
     trainer.resume()
     for _ in trainer.run():
@@ -121,20 +140,23 @@ def pretrain(config: FinetuneConfig, directory: str | Path, size: int, run: Path
             (folder / "scheduler").mkdir()
             schedule = scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr)
             (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=1) + "\n")
-            (folder / "README.md").write_text(_card(_rendered(directory), len(data.atlases), config, size), encoding="utf-8")
+            (folder / "README.md").write_text(_card(_rendered(directory), data, config, size, folders_licence), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return run / "base"
 
 
-def _card(records: list[dict], count: int, config: FinetuneConfig, size: int) -> str:
-    licences = sorted({record.get("licence") or "unknown" for record in records})
+def _card(records: list[dict], data: TrainingData, config: FinetuneConfig, size: int, folders_licence: str) -> str:
+    named = sum(identifier.startswith("picture-") for identifier in data.ids)
+    licences = sorted({record.get("licence") or "unknown" for record in records} | ({folders_licence} if folders_licence else set()))
     kept = [licence for licence in licences if not licence.startswith("CC0")] or ["CC0-1.0"]
     known = [
         SourceObject(id=record["id"], path=Path(), **{key: record.get(key) or "" for key in ("name", "creator", "licence", "library")})
         for record in records
     ]
+    beside = f" and {named} named pictures ({folders_licence})" if named else ""
     return (
         f"---\nlicense: {'-and-'.join(kept).replace(' ', '-')}\n---\n\n# A small 2D base\n\n"
         f"A UNet of {CHANNELS} channels (colour times alpha, alpha) that draws pictures of {size} x {size} pixels from text, trained for "
-        f"{config.max_steps} steps of {config.batch_size} on {count} renders of {len(records)} objects.\n\n{credits(known)}\n"
+        f"{config.max_steps} steps of {config.batch_size} on {len(data.ids) - named} renders of {len(records)} objects{beside}.\n\n"
+        f"{credits(known)}\n"
     )

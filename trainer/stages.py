@@ -359,7 +359,8 @@ def pretrain(preset: Preset, run: Path) -> None:
     from .pretrain import pretrain as train_base
 
     device = "auto" if torch.cuda.is_available() else "cpu"
-    base = train_base(preset.pretrain, run / "views", preset.pretrain_size, run, device, preset.prompts[:8])
+    pictures = preset.pretrain_pictures, preset.pretrain_licence
+    base = train_base(preset.pretrain, run / "views", preset.pretrain_size, run, device, preset.prompts[:8], *pictures)
     _say(f"pretrain: {base}")
 
 
