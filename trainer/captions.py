@@ -57,11 +57,17 @@ def from_oklab(lab: Tensor) -> Tensor:
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def _words(gaussians: Gaussians) -> Tensor:
-    """Index into `COLOURS` of each Gaussian [N]: the word of the nearest prototype."""
+def colour_words(colors: Tensor) -> tuple[Tensor, Tensor]:
+    """Oklab [..., 3] of display sRGB [..., 3], and the index into `COLOURS` [...] of each one's word: that of the nearest prototype."""
     words = torch.tensor([index for index, prototypes in enumerate(_PROTOTYPES.values()) for _ in prototypes])
     prototypes = to_oklab(torch.tensor([p for prototypes in _PROTOTYPES.values() for p in prototypes]))
-    return words[torch.cdist(to_oklab(gaussians.colors.float()), prototypes).argmin(1)]
+    lab = to_oklab(colors.float())
+    return lab, words[torch.cdist(lab, prototypes).argmin(-1)]
+
+
+def _words(gaussians: Gaussians) -> Tensor:
+    """Index into `COLOURS` of each Gaussian [N]."""
+    return colour_words(gaussians.colors)[1]
 
 
 def _areas(gaussians: Gaussians) -> Tensor:

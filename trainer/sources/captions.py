@@ -200,8 +200,9 @@ def _before(noun: str) -> str:
     return re.split(r" (?:with|of|for|on|in|and|under|holding|lying|without|from|to)\b|,", noun)[0]
 
 
-def _head(noun: str) -> str:
-    return _before(noun).split()[-1]
+def head_noun(phrase: str) -> str:
+    """The word that says what a noun phrase is: "bowl" of "a red bowl with fruits"."""
+    return _before(phrase).split()[-1]
 
 
 def with_article(noun: str) -> str:
@@ -210,7 +211,7 @@ def with_article(noun: str) -> str:
     >>> with_article("armchair"), with_article("urinal"), with_article("scissors"), with_article("bowl with fruits")
     ('an armchair', 'a urinal', 'scissors', 'a bowl with fruits')
     """
-    head = _head(noun)
+    head = head_noun(noun)
     plural = head.endswith("s") and not head.endswith(("ss", "us", "'s")) and head not in _SINGULAR_IN_S
     if plural or head in _MASS or head in ("clothes", "people"):
         return noun
@@ -229,12 +230,12 @@ def captions(name: str, category: str = "", tags: Iterable[str] = ()) -> list[st
     words = noun.split()
     kinds = {tag.strip().lower() for tag in tags}
     place = _PLACES.get(category.strip().lower())
-    if place and _head(noun) in _FURNITURE and " for " not in noun:
+    if place and head_noun(noun) in _FURNITURE and " for " not in noun:
         found.append(f"{full} {place}")
     for ending, other in _SYNONYMS.items():
         if (noun == ending or noun.endswith(f" {ending}")) and other not in words:
             found.append(with_article(noun.removesuffix(ending) + other if other in _SYNONYMS else other))
-    if "tree" in kinds and "tree" not in words and _head(noun) not in ("bush", "hedge"):
+    if "tree" in kinds and "tree" not in words and head_noun(noun) not in ("bush", "hedge"):
         found.append(with_article(f"{_before(noun)} tree{noun.removeprefix(_before(noun))}"))
     if "toy" in kinds and "toy" not in words:
         found.append(f"a toy {noun}")
