@@ -375,3 +375,26 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
 def test_records_survive_a_line_cut_short(tmp_path):
     (tmp_path / views.RECORDS).write_text('{"id": "a", "status": "failed"}\n{"id": "a", "status": "ok"}\n{"id": "b", "sta')
     assert read_records(tmp_path) == [{"id": "a", "status": "ok"}]
+
+
+@needs_blender
+def test_vertices_of_a_ply_bring_colour_and_opacity(tmp_path):
+    """Two boards side by side: a whole red one, and a clear blue one."""
+    points, faces = [], []
+    for number, (left, colour) in enumerate([(-1.0, (200, 20, 20, 255)), (0.0, (20, 20, 200, 77))]):
+        points += [(left + x, 0.0, z, *colour) for x, z in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        faces.append([4 * number + i for i in range(4)])
+    header = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *(f"property float {c}" for c in "xyz")]
+    header += [f"property uchar {c}" for c in ("red", "green", "blue", "alpha")]
+    header += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
+    lines = [*header, *(" ".join(map(str, p)) for p in points), *("4 " + " ".join(map(str, f)) for f in faces)]
+    path = tmp_path / "boards.ply"
+    path.write_text("\n".join(lines) + "\n")
+    seen = render_object(SourceObject(id="boards", name="boards", path=path, captions=["boards"], up="z"), ViewSettings(1, 1, 64, 16))
+    view = seen.select("held_out")
+    rgba = view.rgba[0].astype(int)
+    columns = np.flatnonzero((rgba[..., 3] > 0).any(0))
+    middle = rgba[rgba.shape[0] // 2]
+    left, right = middle[columns[0] + 4], middle[columns[-1] - 4]
+    assert left[3] == 255 and left[0] > 120 and left[0] > 3 * left[2]
+    assert right[3] == pytest.approx(77, abs=25) and right[2] > 120 and right[2] > 3 * right[0]

@@ -22,6 +22,8 @@ KEY = 0.22
 KEY_DIRECTION = (-0.45, -0.55, 0.70)
 # Uniformly transparent materials (glass) keep at least this opacity: thinner ones leave nothing to fit.
 MIN_OPACITY = 0.25
+# Vertices above this opacity hide light; those below are panes.
+WHOLE_OPACITY = 0.6
 # Surfaces below this opacity (holes cut into leaves) do not show in depth and normals.
 PASS_OPACITY = 0.2
 # Edges sharper than this are not smoothed over.
@@ -254,7 +256,7 @@ def _matt_materials(mesh, display_colours: bool) -> None:
 
 
 def _plain_material(mesh):
-    """A light grey, or the mesh's own vertex colours."""
+    """A light grey, or the mesh's own vertex colours with their opacity."""
     import bpy
 
     material = bpy.data.materials.new("plain")
@@ -263,13 +265,32 @@ def _plain_material(mesh):
     tree.nodes.clear()
     diffuse = tree.nodes.new("ShaderNodeBsdfDiffuse")
     diffuse.inputs["Color"].default_value = (0.6, 0.6, 0.6, 1)
+    output = tree.nodes.new("ShaderNodeOutputMaterial")
+    shader = diffuse.outputs[0]
     colours = mesh.color_attributes.active_color
     if colours is not None:
         attribute = tree.nodes.new("ShaderNodeVertexColor")
         attribute.layer_name = colours.name
         tree.links.new(attribute.outputs["Color"], diffuse.inputs["Color"])
-    output = tree.nodes.new("ShaderNodeOutputMaterial")
-    tree.links.new(diffuse.outputs[0], output.inputs["Surface"])
+        opacities = _foreach(colours.data, "color", 4)[:, 3]
+        if opacities.size and opacities.min() < 1:
+            mix, clear = tree.nodes.new("ShaderNodeMixShader"), tree.nodes.new("ShaderNodeBsdfTransparent")
+            # Panes hide nothing from light, as those of uniform materials; whole surfaces do.
+            whole, path, seen = (tree.nodes.new(f"ShaderNode{kind}") for kind in ("Math", "LightPath", "Math"))
+            whole.operation, seen.operation = "GREATER_THAN", "MAXIMUM"
+            whole.inputs[1].default_value = WHOLE_OPACITY
+            opacity = tree.nodes.new("ShaderNodeMath")
+            opacity.operation = "MULTIPLY"
+            tree.links.new(attribute.outputs["Alpha"], whole.inputs[0])
+            tree.links.new(whole.outputs[0], seen.inputs[0])
+            tree.links.new(path.outputs["Is Camera Ray"], seen.inputs[1])
+            tree.links.new(attribute.outputs["Alpha"], opacity.inputs[0])
+            tree.links.new(seen.outputs[0], opacity.inputs[1])
+            tree.links.new(opacity.outputs[0], mix.inputs["Fac"])
+            tree.links.new(clear.outputs[0], mix.inputs[1])
+            tree.links.new(shader, mix.inputs[2])
+            shader = mix.outputs[0]
+    tree.links.new(shader, output.inputs["Surface"])
     return material
 
 
