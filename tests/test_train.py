@@ -13,14 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from generator.atlas import Atlas, AtlasLayout, from_atlas
+from generator.atlas import Atlas, AtlasLayout, NormalizationAccumulator, from_atlas
 from generator.errors import InputError
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
+from generator.model.text import TextEncoder
 from trainer import stages
+from trainer.atlas import to_atlas
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
 from trainer.presets import PRESETS
+from trainer.sources import with_article
+from trainer.training_data import from_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -215,6 +219,38 @@ def test_recolouring_paints_one_part_and_keeps_the_rest():
     assert torch.equal(painted.colors[30:], colors[30:]) and torch.equal(painted.means, gaussians.means)
     lightness = to_oklab(painted.colors[:30])[:, 0]
     assert (lightness.diff() > 0).all(), "the shading must survive"
+
+
+def test_repainted_variants_say_their_colours_and_are_held_out_with_their_object(tmp_path):
+    layout = AtlasLayout.load_default(32)
+    colors = torch.cat([torch.tensor([[0.75, 0.1, 0.1]]).repeat(800, 1), torch.full((200, 3), 0.05)])
+    identity = torch.tensor([[1.0, 0, 0, 0]]).repeat(1000, 1)
+    means = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    gaussians = Gaussians(means, identity, torch.full((1000, 3), 0.01), torch.ones(1000), colors)
+    original = to_atlas(gaussians, layout)
+    preset = replace(PRESETS["tiny"], recolour=3)
+    captions = ["chair", "a chair with metal legs", "a red wooden chair with black metal legs", "a chair with black legs"]
+    samples = []
+    for number in range(60):
+        record = {"id": f"chair-{number}", "captions": captions, "psnr": 30.0}
+        samples += stages._variants(original, layout, record, preset)
+    first = dict((identifier, record) for identifier, _, record in samples[:4])
+    assert list(first)[0] == "chair-0" and all(identifier.startswith("chair-0-") for identifier in list(first)[1:])
+    assert "a red chair with metal legs" in first["chair-0"]["captions"]
+    for identifier, record in list(first.items())[1:]:
+        colour = identifier.removeprefix("chair-0-")
+        wanted = with_article(f"{colour} wooden chair with black metal legs")
+        assert wanted in record["captions"], "the legs were not painted, and still are black"
+        assert not any("red" in caption.split() for caption in record["captions"])
+        # What names only a part's colour would not say what was painted.
+        assert "a chair with black legs" not in record["captions"]
+    write_shards(iter(samples), tmp_path)
+    accumulator = NormalizationAccumulator(layout.id)
+    for sample, _ in read_shards(tmp_path):
+        accumulator.update(sample.values)
+    data = from_shards(tmp_path, accumulator.result("channel"), TextEncoder.default(), layout)
+    train, held_out = ({data.ids[i] for i in rows.tolist()} for rows in data.split(0.1))
+    assert len(data.ids) == 240 and len(train | held_out) == 60 and held_out and not train & held_out
 
 
 def test_presets_are_consistent():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,9 +67,9 @@ def colour_words(colors: Tensor) -> tuple[Tensor, Tensor]:
     return lab, words[torch.cdist(lab, prototypes).argmin(-1)]
 
 
-def _words(gaussians: Gaussians) -> Tensor:
-    """Index into `COLOURS` of each Gaussian [N]."""
-    return colour_words(gaussians.colors)[1]
+def colour_word(color: Sequence[float]) -> str:
+    """What one display colour in 0..1 is called."""
+    return COLOURS[int(colour_words(torch.tensor(list(color)))[1])]
 
 
 def _areas(gaussians: Gaussians) -> Tensor:
@@ -77,7 +79,7 @@ def _areas(gaussians: Gaussians) -> Tensor:
 
 def dominant_colour(gaussians: Gaussians, share: float = 0.45) -> str | None:
     """The colour word that at least `share` of the visible surface bears, or None where no colour dominates."""
-    totals = torch.bincount(_words(gaussians), _areas(gaussians), minlength=len(COLOURS))
+    totals = torch.bincount(colour_words(gaussians.colors)[1], _areas(gaussians), minlength=len(COLOURS))
     index = int(totals.argmax())
     return COLOURS[index] if totals[index] >= share * totals.sum().clamp_min(1e-12) else None
 
@@ -89,7 +91,7 @@ def recolour(gaussians: Gaussians, colour: str, target: str) -> Gaussians:
         colour, target: words of `COLOURS`. What bears `colour` moves in Oklab so that its mean is the target's first
             prototype; half of the variation in lightness is kept, which is the shading.
     """
-    part = _words(gaussians) == COLOURS.index(colour)
+    part = colour_words(gaussians.colors)[1] == COLOURS.index(colour)
     if not part.any():
         return gaussians
     lab = to_oklab(gaussians.colors.float())

@@ -40,7 +40,7 @@ from .farm import RECORDS, append_records, for_each, read_records
 from .finetune import FinetuneConfig, Trainer, checkpoints
 from .fit import FitConfig
 from .presets import Preset
-from .sources import SourceObject, credits, open_source, with_colour
+from .sources import SourceObject, colours_in, credits, open_source, recoloured, with_colour
 from .training_data import TrainingData, from_shards
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def views(preset: Preset, run: Path) -> None:
     """Render the preset's objects from all sides."""
     from .views import render_objects
 
-    objects = [source for spec in preset.sources for source in open_source(spec, run.parent / "sources")]
+    objects = [source for spec in preset.sources for source in open_source(spec, run.parent / "sources", preset.workers)]
     objects = preset.select(objects)
     records = render_objects(objects, run / "views", preset.views, workers=preset.workers, address=preset.address)
     failed = [record for record in records if record["status"] != "ok"]
@@ -182,7 +182,7 @@ def farm(preset: Preset, run: Path) -> None:
 
     run = Path(os.path.abspath(run))
     layout = AtlasLayout.load_default(preset.size, preset.projection)
-    objects = preset.select([source for spec in preset.sources for source in open_source(spec, run.parent / "sources")])
+    objects = preset.select([source for spec in preset.sources for source in open_source(spec, run.parent / "sources", preset.workers)])
     # Refuses a folder that was rendered with other settings before anything is done.
     render_objects([], run / "views", preset.views)
     for folder in ("fits", "atlases"):
@@ -292,13 +292,13 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
     keeps = preset.never_recolour and re.search(rf"\b(?:{preset.never_recolour})\b", plain[0])
     if not colour or keeps:
         return
+    if colours_in(plain[0]):  # the name itself holds a colour: "black table"
+        return
     others = [word for word in captions.COLOURS if word != colour]
     # Which colours an object gets depends on its id alone, so that a larger set repeats a smaller one.
     random.Random(identifier).shuffle(others)
     for target in others[: preset.recolour]:
-        named = [text for text in dict.fromkeys(with_colour(caption, target) for caption in plain) if target in text]
-        if not named:  # the name itself holds a colour: "black table"
-            continue
+        named = list(dict.fromkeys(text for caption in plain if (text := recoloured(caption, colour, target))))
         painted = pack_atlas(captions.recolour(gaussians, colour, target), layout, original.spec)
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 

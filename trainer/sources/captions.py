@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 # Names as their makers wrote them -> what the thing is: brands and models become nouns, slips of the pen are mended.
 _RENAMED = {
@@ -242,13 +243,18 @@ def captions(name: str, category: str = "", tags: Iterable[str] = ()) -> list[st
     return list(dict.fromkeys(found))
 
 
+def colours_in(caption: str) -> set[str]:
+    """The colour words of a caption."""
+    return COLOUR_WORDS & set(re.findall(r"[a-z]+", caption.lower()))
+
+
 def with_colour(caption: str, colour: str) -> str:
     """A caption with a colour before its noun and the article to match; one that names a colour already stays as it is.
 
     >>> with_colour("an armchair", "red"), with_colour("a 3d model of a lamp", "orange"), with_colour("black table", "red")
     ('a red armchair', 'a 3d model of an orange lamp', 'black table')
     """
-    if not colour or COLOUR_WORDS & set(re.findall(r"[a-z]+", caption.lower())):
+    if not colour or colours_in(caption):
         return caption
     prefix, rest = "", caption
     if match := _PREFIX.match(caption):
@@ -260,3 +266,74 @@ def with_colour(caption: str, colour: str) -> str:
     elif article:
         phrase = article + phrase
     return prefix + phrase
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part of an object and how it looks; the object itself where `word` is empty."""
+
+    word: str  # "legs"
+    colour: str = ""  # "black"
+    material: str = ""  # "metal"
+
+    @property
+    def look(self) -> str:
+        """Colour and material as they stand before a noun: "black wooden"."""
+        return " ".join(filter(None, (self.colour, _ADJECTIVES.get(self.material, self.material))))
+
+
+_ADJECTIVES = {"wood": "wooden", "knitted fabric": "knitted"}
+
+
+def describe(nouns: Sequence[str], whole: Part, parts: Sequence[Part] = (), details: Sequence[str] = ()) -> list[str]:
+    """Captions of one object at several lengths, the plainest first.
+
+    Args:
+        nouns: what it is, the plainest first, then paraphrases.
+        whole: its colour and material, each where it has one.
+        parts: what looks otherwise, the largest first; two are named.
+        details: "armrests", "a round seat".
+
+    >>> describe(["chair", "seat"], Part("", "red", "wood"), [Part("legs", "black", "metal")])[4:8]
+    ['a wooden chair', 'a chair made of wood', 'a red wooden chair', 'a chair with metal legs']
+    """
+    noun, full = nouns[0], with_article(nouns[0])
+    found = [noun, full, f"a 3d model of {full}", *(with_article(other) for other in nouns[1:])]
+    if whole.material:
+        found += [_before_noun(Part("", "", whole.material), noun), f"{full} made of {whole.material}"]
+    if whole.material and whole.colour:
+        found.append(_before_noun(whole, noun))
+    parts = [part for part in parts if part.look and (part.colour, part.material) != (whole.colour, whole.material)][:2]
+    for part in parts:
+        if part.material and part.material != whole.material:
+            found.append(f"{full} with {_before_noun(Part('', '', part.material), part.word)}")
+        if part.colour:
+            found.append(f"{_before_noun(Part('', whole.colour), noun)} with {_before_noun(Part('', part.colour), part.word)}")
+    found += [f"{full} with {detail}" for detail in details]
+    more = [*(_before_noun(part, part.word) for part in parts), *details]
+    if more:
+        rest = f"{', '.join(more[:-1])} and {more[-1]}" if len(more) > 1 else more[0]
+        found += [f"{_before_noun(whole, other)} with {rest}" for other in nouns[:2]]
+        found.append(", ".join(filter(None, (noun, whole.look, *(f"{part.look} {part.word}" for part in parts), *details))))
+    return list(dict.fromkeys(found))
+
+
+def _before_noun(part: Part, noun: str) -> str:
+    """A noun phrase with how it looks before it: "a black wooden table"; what the noun says itself is not said twice."""
+    return with_article(" ".join([*(word for word in part.look.split() if word not in noun.split()), noun]))
+
+
+def recoloured(caption: str, colour: str, target: str) -> str | None:
+    """The caption of an object whose parts of one colour were painted in another; None where that cannot be said of it.
+
+    >>> recoloured("a red chair with black legs", "red", "orange"), recoloured("a chair", "red", "blue")
+    ('an orange chair with black legs', 'a blue chair')
+    >>> recoloured("a chair with black legs", "red", "blue") is None
+    True
+    """
+    named = colours_in(caption)
+    if not named:
+        return with_colour(caption, target)
+    if colour not in named:
+        return None
+    return re.sub(rf"\b(?:(an?) )?{colour}\b", lambda m: f"{with_article(target).split()[0]} {target}" if m[1] else target, caption)
