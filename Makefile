@@ -18,7 +18,7 @@ override VERSIONS := $(value VERSIONS)
 export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS
 export TORCH_INDEX PYTHON311 PYTHON313
 
-.PHONY: help setup generate batch train test test-blender lint bench extension lock clean
+.PHONY: help setup infinigen generate batch train test test-blender lint bench extension lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ setup: ## make .venv with everything in it (TORCH_INDEX=URL chooses where torch 
 # Every other target comes here when the requirements changed; setup.py itself decides by content whether there is work.
 $(STAMP): pyproject.toml requirements.lock tools/setup.py
 	$(run_setup)
+
+infinigen: ## make .venv-infinigen, which the object source infinigen runs in (2.5 GB)
+	@"$(PYTHON)" tools/setup_infinigen.py
 
 generate: $(STAMP) ## one object from PROMPT="a red armchair" [SEED=0] [COUNT=1] [OUT=out]: .blend, .ply and .png
 	@test -n "$$PROMPT" || { echo 'make generate: PROMPT is empty: make generate PROMPT="a red armchair"' >&2; exit 2; }

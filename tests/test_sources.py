@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import zipfile
 
 import pytest
+from PIL import Image
 
 from generator.errors import InputError, WorkError
 from trainer.sources import (
+    Part,
     captions,
     clean_name,
     credits,
+    describe,
     download,
     download_sweet_home_3d,
     extract,
     folder,
     objects,
     open_source,
+    recoloured,
     sweet_home_3d,
     with_article,
     with_colour,
 )
+from trainer.sources.obj_parts import looks, read_surfaces
 from trainer.sources.sweet_home_3d import CATALOGUE, parse_properties
 
 OBJ = "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl wood\nf 1 2 3\n"
@@ -210,6 +216,71 @@ def test_captions_go_from_plain_to_placed():
 )
 def test_colours_go_before_the_noun(caption, colour, expected):
     assert with_colour(caption, colour) == expected
+
+
+def test_descriptions_come_at_several_lengths():
+    legs, seat = Part("legs", "black", "metal"), Part("seat", "brown", "wood")
+    found = describe(["chair", "dining chair"], Part("", "brown", "wood"), [legs, seat], ["armrests"])
+    assert found[:4] == ["chair", "a chair", "a 3d model of a chair", "a dining chair"]
+    assert {"a wooden chair", "a chair made of wood", "a brown wooden chair", "a chair with metal legs"} <= set(found)
+    assert "a brown wooden dining chair with black metal legs and armrests" in found
+    assert not any("seat" in caption for caption in found), "what looks like the whole need not be said"
+    assert describe(["jar"], Part(""), [Part("lid", "blue")])[-2:] == ["a jar with a blue lid", "jar, blue lid"]
+    assert describe(["glass jar"], Part("", "", "glass")) == [
+        "glass jar",
+        "a glass jar",
+        "a 3d model of a glass jar",
+        "a glass jar made of glass",
+    ]
+    assert len(describe(["lamp"], Part(""))) == 3
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a red chair with black legs", "an orange chair with black legs"),
+        ("red chair, red legs", "orange chair, orange legs"),
+        ("a chair", "an orange chair"),
+        ("a chair with black legs", None),
+        ("a 3d model of a red lamp", "a 3d model of an orange lamp"),
+        ("a covered sofa", "an orange covered sofa"),
+    ],
+)
+def test_captions_of_repainted_objects(caption, expected):
+    assert recoloured(caption, "red", "orange") == expected
+
+
+def test_materials_and_parts_are_read_from_an_obj(tmp_path):
+    """A table of a large wooden top and small legs: shares are by surface, colours from Kd, or the texture's mean."""
+    corners = "v 0 0 0\nv 4 0 0\nv 4 2 0\nv 0 2 0\nv 0 0 1\nv 1 0 1\nv 1 2 1\n"
+    obj = f"mtllib chair.mtl\n{corners}usemtl Oak_board\nf 1 2 3 4\nusemtl blackLegs.metal\nf -3/1 -2/2 -1/3\nusemtl gone\nf 5 6 6\n"
+    mtl = "newmtl Oak_board\nKd 1 1 1\nmap_Kd wood.png\nnewmtl blackLegs.metal\nKd 0.02 0.02 0.02\n"
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), (115, 71, 38)).save(picture, "png")
+    path = library(tmp_path / "test.sh3f", PROPERTIES.replace("Armchair", "Table"), **{"chairs/chair.obj": obj, "chairs/chair.mtl": mtl})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("chairs/wood.png", picture.getvalue())
+        found = read_surfaces(archive, "chairs/chair.obj")
+    assert [surface["material"] for surface in found] == ["Oak_board", "blackLegs.metal", "gone"]
+    assert [surface["share"] for surface in found] == pytest.approx([8 / 9, 1 / 9, 0], abs=1e-3)
+    assert found[0]["colour"] == pytest.approx([115 / 255, 71 / 255, 38 / 255], abs=0.01)
+    whole, parts = looks("table", found)
+    assert whole.material == "wood" and parts == [Part("legs", "black", "metal")]
+    table = sweet_home_3d(path)[0]
+    assert {"a wooden table", "a table with metal legs", "a wooden table with black metal legs"} <= set(table.captions)
+    assert table.captions[:2] == ["table", "a table"]
+    kept = path.with_name("test.sh3f.parts.json")
+    assert kept.is_file()
+    kept.write_text(kept.read_text().replace("Oak_board", "Marble_board"))
+    assert "a marble table" in sweet_home_3d(path)[0].captions, "read once, then taken from the file"
+    path.touch()
+    kept.write_text("damaged")
+    assert "a wooden table" in sweet_home_3d(path)[0].captions
+
+
+def test_people_and_nouns_that_say_it_themselves_get_no_parts():
+    surfaces = [{"material": "cabinetDoor", "share": 0.4, "colour": [0.05, 0.05, 0.05]}, {"material": "body", "share": 0.6, "colour": None}]
+    assert looks("glass door cabinet", surfaces)[1] == [] and looks("cabinet", surfaces)[1] == [Part("doors", "black", "")]
 
 
 def _meshes(tmp_path, *names):

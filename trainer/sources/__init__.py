@@ -7,22 +7,28 @@ from pathlib import Path
 
 from generator.errors import InputError
 
-from .captions import captions, clean_name, with_article, with_colour
+from .captions import Part, captions, clean_name, colours_in, describe, recoloured, with_article, with_colour
 from .download import download_sweet_home_3d
 from .folder import CAPTION_FILES, folder
+from .infinigen import INFINIGEN, infinigen
 from .objects import MESH_SUFFIXES, SourceObject, extract
 from .sweet_home_3d import sweet_home_3d
 
 __all__ = [
     "MESH_SUFFIXES",
+    "Part",
     "SourceObject",
     "captions",
     "clean_name",
+    "colours_in",
     "credits",
+    "describe",
     "download_sweet_home_3d",
     "extract",
     "folder",
+    "infinigen",
     "open_source",
+    "recoloured",
     "sweet_home_3d",
     "with_article",
     "with_colour",
@@ -32,18 +38,25 @@ __all__ = [
 SWEET_HOME_3D = "sweet-home-3d"
 
 
-def open_source(spec: str | Path, cache: str | Path = "build/sources") -> list[SourceObject]:
+def open_source(spec: str | Path, cache: str | Path = "build/sources", workers: int = 2) -> list[SourceObject]:
     """The objects of a source, read by what `spec` is.
 
     Args:
         spec: a .sh3f library, a folder of such libraries, a folder of meshes with a captions file, a captions file beside
-            its meshes, or "sweet-home-3d" to fetch Sweet Home 3D's libraries into `cache`.
+            its meshes, "sweet-home-3d" to fetch Sweet Home 3D's libraries into `cache`, or "infinigen:1000" to have Infinigen
+            make so many objects there; what is there already is used. "infinigen" alone makes 20 of every kind.
+        workers: objects made at the same time, where they are made.
 
     Raises:
         InputError: `spec` is none of these, or what it names cannot be read.
-        WorkError: the libraries could not be fetched.
+        WorkError: the libraries could not be fetched, or Infinigen could not run.
     """
     path = Path(spec)
+    name, _, count = str(spec).partition(":")
+    if name == INFINIGEN and not path.exists():
+        if count and not count.isdecimal():
+            raise InputError(f"{spec}: give the number of objects, such as {INFINIGEN}:1000")
+        return infinigen(int(count), cache, workers) if count else infinigen(cache=cache, workers=workers)
     if str(spec) == SWEET_HOME_3D and not path.exists():
         path = download_sweet_home_3d(cache)
     if path.is_dir():
@@ -52,7 +65,7 @@ def open_source(spec: str | Path, cache: str | Path = "build/sources") -> list[S
             return [source for library in libraries for source in sweet_home_3d(library)]
         return folder(path)
     if not path.exists():
-        raise InputError(f"{spec}: no such source: give a .sh3f file, a folder of meshes with captions.csv, or {SWEET_HOME_3D!r}")
+        raise InputError(f"{spec}: no such source: give a .sh3f file, a folder of meshes with captions.csv, {SWEET_HOME_3D} or {INFINIGEN}")
     if path.suffix.lower() in {Path(name).suffix for name in CAPTION_FILES}:
         return folder(path.parent, path)
     # A library by any other suffix still says what it is inside.

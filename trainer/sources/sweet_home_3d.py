@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from generator.errors import InputError
 
-from .captions import captions
+from .captions import captions, describe
+from .obj_parts import library_surfaces, looks
 from .objects import ARCHIVE_ERRORS, SourceObject, safe_member, unique_slugs
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_CATALOGUE_BYTES = 16 * 2**20
 MAX_ENTRIES = 200_000
 
+# What they wear and have are no parts of theirs.
+_LIVING = re.compile(r"\b(?:man|woman|boy|girl|mannequin|person|people)\b")
 _ESCAPES = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
 
 
@@ -44,7 +48,7 @@ def sweet_home_3d(path: str | Path) -> list[SourceObject]:
         raise InputError(f"{path}: no such file") from error
     except ARCHIVE_ERRORS as error:
         raise InputError(f"{path}: not a readable zip archive ({error}): download it again") from error
-    return _objects(path, properties, names)
+    return _with_looks(path, _objects(path, properties, names))
 
 
 def parse_properties(text: str) -> dict[str, str]:
@@ -115,6 +119,18 @@ def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[So
             )
         )
     return objects
+
+
+def _with_looks(path: Path, objects: list[SourceObject]) -> list[SourceObject]:
+    """The objects with captions that also say of what they and their parts are made."""
+    surfaces = library_surfaces(path, [source.member for source in objects if source.member.lower().endswith(".obj")])
+    found = []
+    for source in objects:
+        noun = source.captions[0]
+        whole, parts = looks(noun, surfaces.get(source.member, []))
+        more = describe([noun], whole, () if _LIVING.search(noun) else parts)
+        found.append(replace(source, captions=list(dict.fromkeys([*source.captions, *more]))))
+    return found
 
 
 def _number(path: Path, key: str, text: str) -> float | None:
