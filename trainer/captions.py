@@ -69,7 +69,7 @@ def colour_words(colors: Tensor) -> tuple[Tensor, Tensor]:
 
 def colour_word(color: Sequence[float]) -> str:
     """What one display colour in 0..1 is called."""
-    return COLOURS[int(colour_words(torch.tensor(list(color)))[1])]
+    return COLOURS[int(colour_words(torch.tensor([list(color)]))[1])]
 
 
 def _areas(gaussians: Gaussians) -> Tensor:
