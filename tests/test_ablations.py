@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     layout, samples = AtlasLayout.load_default(32), []
     with open(folder / "views" / RECORDS, "w") as file:
         for seed, name in enumerate(("red", "blue", "green", "white")):
-            record = {"id": name, "name": name, "captions": [f"a {name} ball"], "creator": "Ada", "licence": "CC0", "library": "Balls"}
+            record = {"id": name, "name": name, "captions": [f"a {name} lamp"], "creator": "Ada", "licence": "CC0", "library": "Balls"}
             sphere_views(48).save(views_path(folder / "views", name))
             file.write(json.dumps({**record, "status": "ok"}) + "\n")
             save(blob(seed), folder / "fits" / f"{name}.ply")
@@ -67,7 +67,7 @@ def test_an_object_flattened_by_itself_keeps_its_gaussians_and_is_smooth_and_has
     layout = AtlasLayout.load_default(32)
     own, usual = (
         {sample.id: from_atlas(Atlas(sample.values, layout.id, sample.spec), layout) for sample, _ in read_shards(run / folder)}
-        for folder in ("shards-own", "shards")
+        for folder in ("shards-own", "shards-sphere")
     )
     for name in usual:
         apart = torch.cdist(own[name].means, usual[name].means)  # stored in half precision
@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_goes_on_and_a_finished_one_is_kept(run, monkeypat
     whole = ablations.train("transferred", 0, TINY, run)
     first = ablations.made(whole, TINY)
     assert [point["step"] for point in ablations.curve_of(run, "transferred", 0)] == [2]
-    assert {prompt for prompt, _ in first} <= {f"a {name} ball" for name in ("red", "blue", "green", "white")} and len(first[0][1]) == 1024
+    assert {prompt for prompt, _ in first} <= {f"a {name} lamp" for name in ("red", "blue", "green", "white")} and len(first[0][1]) == 1024
     before = (whole / "made.safetensors").read_bytes()
 
     # The same seed in another folder, killed after its first checkpoint.
@@ -108,12 +108,7 @@ def test_a_run_that_was_killed_goes_on_and_a_finished_one_is_kept(run, monkeypat
     assert (whole / "made.safetensors").read_bytes() == before and len(calls) == 4, "nothing is trained twice"
 
 
-def test_variants_change_one_thing_and_start_from_the_same_noise(run):
-    data = ablations._training_data(ablations.VARIANTS["scratch"], TINY.finetune, TINY, run)
-    captions = ablations.prompts(data, TINY.finetune)
-    _, held_out = data.split(TINY.finetune.validation_share)
-    plain = [data.features.captions[rows[0]] for rows in data.captions]
-    assert captions[: len(held_out)] == [plain[row] for row in held_out.tolist()] and len(captions) == len(set(captions))
+def test_variants_change_one_thing():
     for name, variant in ablations.VARIANTS.items():
         changes = [bool(variant.finetune), not variant.transferred, variant.flattening != "sphere", variant.normalization != "cell"]
         assert sum(changes) == (name != ablations.BASELINE)

@@ -161,7 +161,7 @@ def curves(run: Path, seeds: dict[str, list[int]], path: Path) -> None:
 
 
 def pictures(preset: Preset, run: Path, seeds: dict[str, list[int]]) -> Tensor:
-    """[H, W, 3]: a row for each variant's first seed, a column for each of the first prompts, which are of held-out objects."""
+    """[H, W, 3]: a row for each variant's first seed, a column for each of some prompts."""
     rows = []
     for name, found in seeds.items():
         objects = made(run / f"{name}-{found[0]}", preset)
@@ -199,11 +199,12 @@ Written by `python -m trainer ablations`; nothing here is edited by hand. What f
 
 {preset.limit} objects of Sweet Home 3D, fits of {preset.fit.count:,} Gaussians, atlases of {preset.size} x {preset.size} cells, the plain
 path of the paper (no folding, 16 channels): a UNet of 4 channels trained on the objects' renders for
-{base.max_steps:,} steps of {base.batch_size}, widened, and fine-tuned for {config.max_steps:,} steps of {config.batch_size}.
+{base.max_steps:,} steps of {base.batch_size}, widened, and fine-tuned on those of eight kinds
+for {config.max_steps:,} steps of {config.batch_size}.
 A tenth of the objects was held out of both. Each variant changes one thing and sees the same batches and noise.
-Every network draws {len(prompts)} captions, those of all held-out objects among them, in
-{preset.steps} steps at guidance {preset.guidance_scale}; the offline judge (a stand-in for CLIP, see [evaluation](evaluation.md))
-looks at renders. ± is the {CONFIDENCE:.0%} interval of the mean over seeds (Student's t).
+Every network draws the captions of all {len(prompts)} objects, with their colours, in {preset.steps} steps at guidance
+{preset.guidance_scale}; the offline judge (a stand-in for CLIP, see [evaluation](evaluation.md)) looks at renders.
+± is the {CONFIDENCE:.0%} interval of the mean over seeds (Student's t).
 
 This is a small model after a short training: it says what helps here, not what would after a million steps on eight GPUs.
 
