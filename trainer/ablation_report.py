@@ -203,7 +203,7 @@ path of the paper (no folding, 16 channels): a UNet of 4 channels trained on the
 for {config.max_steps:,} steps of {config.batch_size}.
 A tenth of the objects was held out of both. Each variant changes one thing and sees the same batches and noise.
 Every network draws the captions of all {len(prompts)} objects, with their colours, in {preset.steps} steps at guidance
-{preset.guidance_scale}; the offline judge (a stand-in for CLIP, see [evaluation](evaluation.md)) looks at renders.
+{preset.guidance_scale}; the offline judge (`trainer/evaluate/judge.py`, a stand-in for CLIP) looks at renders.
 ± is the {CONFIDENCE:.0%} interval of the mean over seeds (Student's t).
 
 This is a small model after a short training: it says what helps here, not what would after a million steps on eight GPUs.
