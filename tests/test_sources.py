@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from trainer.sources import (
     Part,
     captions,
     clean_name,
+    credit_lines,
     credits,
     describe,
     download,
@@ -348,6 +350,21 @@ def test_open_source_picks_by_what_the_path_is(tmp_path):
 def test_credits_group_by_library(tmp_path):
     table = credits(sweet_home_3d(library(tmp_path / "a.sh3f")))
     assert table.splitlines()[2] == "| Test library | CC-BY-3.0 | 2 | Zoë Maker |"
+
+
+def test_credits_of_many_variants_share_a_line_and_others_are_named_one_by_one():
+    def made(identifier, name, creator):
+        return objects.SourceObject(id=identifier, name=name, path=Path(), creator=creator, library="L", licence="CC0-1.0")
+
+    variants = [made(f"chair-{i}", "chair", "Zoe") for i in range(12)]
+    lines = credit_lines([*variants, made("d", "lamp", "Zoe"), made("a", "lamp", "Zoe"), made("b", "lamp", "Ann"), made("c", "lamp", "")])
+    assert lines == [
+        "* chair (12 objects: chair-0 to chair-11): Zoe, L, CC0-1.0",
+        "* lamp (d): Zoe, L, CC0-1.0",
+        "* lamp (a): Zoe, L, CC0-1.0",
+        "* lamp (b): Ann, L, CC0-1.0",
+        "* lamp (c): not named, L, CC0-1.0",
+    ]
 
 
 def _fake_package(monkeypatch, tmp_path, fill):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from trainer.atlas import to_atlas
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
 from trainer.presets import PRESETS
-from trainer.sources import with_article
+from trainer.sources import SourceObject, with_article
 from trainer.training_data import from_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,3 +257,12 @@ def test_repainted_variants_say_their_colours_and_are_held_out_with_their_object
 def test_presets_are_consistent():
     assert PRESETS["paper"].finetune.fold == 1 and PRESETS["paper"].size == 128, "the paper's plain 128 x 128 input"
     assert PRESETS["paper"].finetune.text_dropout == 0.2 and PRESETS["paper"].finetune.learning_rate == 5e-5
+
+
+def test_everyday_takes_objects_and_leaves_parts_of_houses():
+    names = "armchair,wall shelf,swimming pool,wall type g plug,tv stand,parking slot,kitchen sink,double door,pool lounge,tools box"
+    objects = [SourceObject(id=name, name=name, path=Path(), captions=[name]) for name in names.split(",")]
+    kept = [source.id for source in PRESETS["everyday"].select(objects)]
+    assert kept == ["armchair", "wall shelf", "tv stand", "kitchen sink", "double door", "pool lounge"]
+    natural = PRESETS["everyday"].never_recolour
+    assert re.search(rf"\b(?:{natural})\b", "maple leaf") and not re.search(rf"\b(?:{natural})\b", "wooden chair")

@@ -16,7 +16,7 @@ from generator.errors import InputError
 from . import dataset
 from .farm import RECORDS, read_records
 from .markdown import table
-from .sources import SourceObject, credits
+from .sources import SourceObject, credit_lines, credits
 from .views import RECORDS as VIEWS_RECORDS
 from .views import SETTINGS
 from .views import read_records as read_views
@@ -226,12 +226,12 @@ def _failures(entries: list[Entry]) -> str:
 
 
 def _credits(entries: list[Entry]) -> str:
-    known, lines = [], []
+    known, listed = [], []
     for entry in entries:
         text = {key: str(entry.about.get(key) or "") for key in ("name", "creator", "licence", "library")}
         # The table of libraries escapes its own column marks.
         known.append(SourceObject(id=entry.id, path=Path(), **{key: plain(value, keep="|") for key, value in text.items()}))
         missing = {"name": "no name", "creator": "maker not named", "licence": "unknown licence", "library": "unknown library"}
         shown = {key: plain(value) or missing[key] for key, value in text.items()}
-        lines.append(f"* {shown['name']} ({plain(entry.id)}): {shown['creator']}, {shown['library']}, {shown['licence']}")
-    return "## Licences\n\n" + credits(known) + "\n## Objects\n\n" + "\n".join(lines)
+        listed.append(SourceObject(id=plain(entry.id), path=Path(), **shown))
+    return "## Licences\n\n" + credits(known) + "\n## Objects\n\n" + "\n".join(credit_lines(listed))

@@ -11,7 +11,7 @@ from generator.errors import InputError
 from .base import load_base
 from .finetune import FinetuneConfig, going_on
 from .fit import FitConfig
-from .sources import SWEET_HOME_3D, SourceObject
+from .sources import INFINIGEN, SWEET_HOME_3D, SourceObject
 from .views import ViewSettings
 
 # What the starter learns: the furniture, lights, plants, vehicles, animals, people and vessels of an interior catalogue.
@@ -26,9 +26,20 @@ _HEADS = (
 _VOCABULARY = rf"(?:.+ )?(?:{_HEADS})(?: (?:with|on|under|lying|holding) .+)?"
 _UNWANTED = r"track|strip|porch|fluorescent|wall|lower|upper|technical|glass table|table tennis table|fire|fitness|clothes horse"
 
+# Of all that the libraries hold: parts of houses, marks on roads, what hangs in walls, and what has no name.
+_UNUSABLE = (
+    "socket|switch|plug|dimmer|track|strip|parking slot|pedestrian crossing|sidewalk|arrow|rails|railway crossing|swimming pool|railing|"
+    "porch column|chimney|contemporary living room|entry|intercom|fluorescent|island extension|elevator|escalator|shower door|shower stall|"
+    "window blind|turn window|smoke detector|emergency sign|number lock|kitchen tools|tool|diving board|thermometer"
+)
 _LIVING = (
     "plants?|ficus|yucca|cactus|bamboo|tree|palm|maple|pine|cypress|poplar|acacia|beech|bush|horse|dog|cat|bulldog|deer|rabbit|chicken|"
     "snowman|man|woman|boy|girl"
+)
+# What has its own colours beside that: nobody looks for a purple banana tree.
+_NATURAL = (
+    f"{_LIVING}|apples?|blackberry|coconut|durian|pineapple|starfruit|strawberry|fern|succulent|agave|dandelion|wheat|taro|leaf|grass|"
+    "mushroom|kelp|boulder|rocks?|log|bread|butter|milk|steak|fries|hamburger|fish|crab|lobster|bird|frog|lizard|snake|animal|big cat|hedge"
 )
 
 
@@ -37,7 +48,7 @@ class Preset:
     """One way from objects to a bundle."""
 
     name: str
-    sources: tuple[str, ...] = (SWEET_HOME_3D,)  # each: a .sh3f library, a folder with a captions file, or sweet-home-3d
+    sources: tuple[str, ...] = (SWEET_HOME_3D,)  # each: a .sh3f library, a folder with a captions file, sweet-home-3d, or infinigen:1000
     include: str = ""  # regular expression that the plainest caption must match in full; empty takes all
     exclude: str = ""  # regular expression that it must not contain
     limit: int = 0  # at most so many objects, CC0 first; 0 takes all
@@ -112,6 +123,40 @@ def small_unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int
     }
 
 
+STARTER = Preset(
+    name="starter",
+    include=_VOCABULARY,
+    exclude=_UNWANTED,
+    recolour=4,
+    never_recolour=_LIVING,
+    finetune=FinetuneConfig(
+        unet=small_unet((64, 128, 256), (False, False, True), size=32),
+        fold=2,
+        prediction_type="sample",
+        shift=3.0,
+        batch_size=16,
+        learning_rate=4e-4,
+        ema_decay=0.998,
+        max_steps=3_600,
+        decay_steps=1_600,
+        warmup_steps=200,
+        validation_share=0.04,
+        checkpoint_every=250,
+        channel_weights=(2.0, 1.0, 0.5, 0.5),
+    ),
+    prompts=("an armchair", "a red armchair", "a lamp", "a car", "a plant", "a bed", "a table", "a sofa"),
+)
+# The data of the next starter: all usable objects of the libraries, and variants of what Infinigen makes; a tenth is held out.
+EVERYDAY = replace(
+    STARTER,
+    name="everyday",
+    sources=(SWEET_HOME_3D, f"{INFINIGEN}:3000"),
+    include="",
+    exclude=_UNUSABLE,
+    never_recolour=_NATURAL,
+    finetune=replace(STARTER.finetune, validation_share=0.1),
+)
+
 PRESETS = {
     "tiny": Preset(
         name="tiny",
@@ -145,29 +190,8 @@ PRESETS = {
         ),
         prompts=("an armchair", "a lamp", "a plant", "a bed"),
     ),
-    "starter": Preset(
-        name="starter",
-        include=_VOCABULARY,
-        exclude=_UNWANTED,
-        recolour=4,
-        never_recolour=_LIVING,
-        finetune=FinetuneConfig(
-            unet=small_unet((64, 128, 256), (False, False, True), size=32),
-            fold=2,
-            prediction_type="sample",
-            shift=3.0,
-            batch_size=16,
-            learning_rate=4e-4,
-            ema_decay=0.998,
-            max_steps=3_600,
-            decay_steps=1_600,
-            warmup_steps=200,
-            validation_share=0.04,
-            checkpoint_every=250,
-            channel_weights=(2.0, 1.0, 0.5, 0.5),
-        ),
-        prompts=("an armchair", "a red armchair", "a lamp", "a car", "a plant", "a bed", "a table", "a sofa"),
-    ),
+    "starter": STARTER,
+    "everyday": EVERYDAY,
     "paper": Preset(
         name="paper",
         size=128,

@@ -40,7 +40,7 @@ from .farm import RECORDS, append_records, for_each, read_records
 from .finetune import FinetuneConfig, Trainer, checkpoints
 from .fit import FitConfig
 from .presets import Preset
-from .sources import SourceObject, colours_in, credits, open_source, recoloured, with_colour
+from .sources import SourceObject, colours_in, credit_lines, credits, open_source, recoloured, with_colour
 from .training_data import TrainingData, from_shards
 
 if TYPE_CHECKING:
@@ -494,12 +494,11 @@ STAGES: dict[str, Callable[[Preset, Path], None]] = {
 
 def _credits(samples: list[dataset.Sample]) -> str:
     """Whom to thank for the objects a model was trained on: a table of libraries, then every object."""
-    known, lines = [], []
+    known = []
     for sample in samples:
         credit = {key: sample.record[key] for key in ("name", "creator", "licence", "library")}
         known.append(SourceObject(id=sample.id, path=Path(), **credit))
-        lines.append(f"* {credit['name']} ({sample.id}): {credit['creator'] or 'not named'}, {credit['library']}, {credit['licence']}")
-    return "# Objects this model was trained on\n\n" + credits(known) + "\n" + "\n".join(lines) + "\n"
+    return "# Objects this model was trained on\n\n" + credits(known) + "\n" + "\n".join(credit_lines(known)) + "\n"
 
 
 def _normalization(run: Path) -> Normalization:

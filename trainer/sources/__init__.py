@@ -21,6 +21,7 @@ __all__ = [
     "captions",
     "clean_name",
     "colours_in",
+    "credit_lines",
     "credits",
     "describe",
     "download_sweet_home_3d",
@@ -34,6 +35,8 @@ __all__ = [
     "with_colour",
 ]
 
+# Objects of one name and one maker that are listed by themselves; more are variants.
+_ONE_BY_ONE = 10
 # The name that stands for "fetch the libraries if they are not here yet".
 SWEET_HOME_3D = "sweet-home-3d"
 
@@ -70,6 +73,18 @@ def open_source(spec: str | Path, cache: str | Path = "build/sources", workers: 
         return folder(path.parent, path)
     # A library by any other suffix still says what it is inside.
     return sweet_home_3d(path)
+
+
+def credit_lines(objects: Iterable[SourceObject]) -> list[str]:
+    """A Markdown list of objects with their makers; many of one name and one maker, such as variants, share a line."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for source in objects:
+        groups.setdefault((source.name, source.creator, source.library, source.licence), []).append(source.id)
+    lines = []
+    for (name, creator, library, licence), ids in groups.items():
+        shown = ids if len(ids) <= _ONE_BY_ONE else [f"{len(ids)} objects: {ids[0]} to {ids[-1]}"]
+        lines += [f"* {name} ({which}): {creator or 'not named'}, {library}, {licence}" for which in shown]
+    return lines
 
 
 def credits(objects: Iterable[SourceObject]) -> str:

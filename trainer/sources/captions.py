@@ -15,6 +15,7 @@ _RENAMED = {
     "apple imac 2004": "desktop computer",
     "apple iphone": "smartphone",
     "barnum": "party tent",
+    "bath": "bathtub",
     "bended coconut tree": "bent coconut tree",
     "bill 10€": "10 euro banknote",
     "bill 20€": "20 euro banknote",
@@ -22,6 +23,7 @@ _RENAMED = {
     "cctv": "surveillance camera",
     "chevrolet": "car",
     "children chair": "children's chair",
+    "children game": "children's slide",
     "children table": "children's table",
     "class seat": "classroom seat",
     "concept sedan 01": "sedan car",
@@ -33,14 +35,16 @@ _RENAMED = {
     "female": "woman",
     "flacon": "perfume bottle",
     "flipper": "pinball machine",
-    "fork lift": "forklift",
     "ford focus": "hatchback car",
+    "fork lift": "forklift",
     "frame chambord": "picture frame",
     "frame hôi an": "picture frame",
     "gaz water heater": "gas water heater",
     "hashtray": "ashtray",
     "holding female": "woman holding something",
     "holding male": "man holding something",
+    "hood": "range hood",
+    "island": "kitchen island",
     "letters box": "letter box",
     "lip stick": "lipstick",
     "little bank": "little bench",
@@ -66,6 +70,7 @@ _RENAMED = {
     "renault scenic": "family car",
     "rigged fan": "fan",
     "rubik's cube": "puzzle cube",
+    "screen": "folding screen",
     "seat leon": "hatchback car",
     "short": "shorts",
     "sitting female": "sitting woman",
@@ -299,7 +304,7 @@ def describe(nouns: Sequence[str], whole: Part, parts: Sequence[Part] = (), deta
     """
     noun, full = nouns[0], with_article(nouns[0])
     found = [noun, full, f"a 3d model of {full}", *(with_article(other) for other in nouns[1:])]
-    if whole.material:
+    if whole.material and not {whole.material, _ADJECTIVES.get(whole.material)} & set(noun.split()):
         found += [_before_noun(Part("", "", whole.material), noun), f"{full} made of {whole.material}"]
     if whole.material and whole.colour:
         found.append(_before_noun(whole, noun))

@@ -35,8 +35,8 @@ RECIPE = 1
 OF_EACH = 20
 # A fresh process after so many objects, whatever Blender has piled up.
 OBJECTS_PER_PROCESS = 25
-# Seconds after which an object is taken for hung; most need less than ten.
-LIMIT = 300.0
+# Seconds by the clock after which an object is taken for hung; most need less than ten of one core.
+LIMIT = 600.0
 # Share of the surface that a part must have to be named, and that a material must have to be the object's.
 _PART_SHARE, _MAIN_SHARE = 0.03, 0.5
 

@@ -54,7 +54,6 @@ FACTORIES = (
     _F("warehouse-rack", "elements.warehouses", "RackFactory", ("warehouse rack", "storage rack"), "storage"),
     _F("pallet", "elements.warehouses", "PalletFactory", ("pallet", "shipping pallet"), "storage"),
     _F("basket", "organizer", "BasketBaseFactory", ("basket", "storage basket"), "storage"),
-    _F("dish-rack", "organizer", "PlateRackBaseFactory", ("dish rack", "plate rack"), "kitchen"),
     # kitchen and tableware
     _F("bottle", "tableware", "BottleFactory", ("bottle",), "tableware", parts={"cap_.*": "cap", "wrap_.*": "label"}),
     _F("bowl", "tableware", "BowlFactory", ("bowl", "dish"), "tableware"),

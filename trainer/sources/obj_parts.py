@@ -95,6 +95,7 @@ _HEADS = {
     "top": r"table|desk|stand|cabinet|stool",
     "base": r"lamp|light|chair|stool|table|fan",
     "frame": r"chair|sofa|bed|bench|bunk|mirror|glasses",
+    "trunk": r"tree|palm|pine|maple|acacia|bamboo|ficus|yucca",
 }
 _DEFAULTS = {(0.8, 0.8, 0.8), (0.64, 0.64, 0.64), (1.0, 1.0, 1.0)}
 # Share of the surface that a part must have to be named, and that a material must have to be the object's.
@@ -150,6 +151,8 @@ def looks(noun: str, surfaces: list[dict]) -> tuple[Part, list[Part]]:
         if word and not said and _PART_SHARE <= share < 1 - _PART_SHARE:
             largest = max(members, key=lambda member: member["share"])
             colour = colour_word(largest["colour"]) if largest["colour"] else ""
+            # A leaf is black where its texture decides over a colour that nobody chose.
+            colour = "" if (word, colour) == ("leaves", "black") else colour
             named.append((share, Part(word, colour, material_word(largest["material"]))))
     named.sort(key=lambda entry: -entry[0])
     material = max(made, key=made.get, default="")
