@@ -164,7 +164,7 @@ def test_stages_that_come_too_early_say_what_to_run(tmp_path):
 def test_bad_usage_is_one_line(tmp_path):
     result = trainer("views", "--preset", "huge")
     assert result.returncode == 2 and result.stderr.strip() == (
-        "trainer: error: --preset huge: no such preset; choose one of tiny, starter, paper"
+        "trainer: error: --preset huge: no such preset; choose one of tiny, starter, everyday, paper"
     )
     result = trainer("views", "--preset", "tiny", "--sources", str(tmp_path / "nothing"), "--runs", str(tmp_path))
     assert result.returncode == 2 and "nothing" in result.stderr and len(result.stderr.strip().splitlines()) == 1
