@@ -48,7 +48,7 @@ batch: $(STAMP) ## every line of PROMPTS=file into OUT=dir; resumes, goes on aft
 	@test -n "$$PROMPTS" || { echo 'make batch: PROMPTS is empty: make batch PROMPTS=prompts.txt OUT=out' >&2; exit 2; }
 	@$(RUN) tools/blender.py generate --prompts="$$PROMPTS" --seed="$$SEED" --count="$$COUNT" --out="$$OUT"
 
-train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|paper
+train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|everyday|paper
 	@test -n "$$PRESET" || { echo 'make train: PRESET is empty: make train PRESET=tiny (or starter, paper)' >&2; exit 2; }
 	@$(RUN) -m trainer train --preset="$$PRESET"
 
