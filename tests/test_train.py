@@ -95,9 +95,11 @@ def test_the_bundle_generates_and_says_what_it_is(run):
 
 
 def test_evaluation_draws_and_scores(run):
-    report = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    report = json.loads((run / "evaluation" / "report.json").read_text())
     assert len(report["objects"]) == 2 and report["training_objects"] == 3
-    assert (run / "evaluation" / "evaluation.png").stat().st_size > 1000
+    assert report["training_captions"] == ["a plank"], "what was asked is what was learned, and the report says so"
+    assert report["scores"]["fits"]["all"]["prompts"] == 1
+    assert (run / "evaluation" / "report.html").stat().st_size > 5000
 
 
 def test_the_logs_show_samples(run):

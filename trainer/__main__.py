@@ -81,6 +81,110 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _evaluate(arguments: list[str]) -> int:
+    """Score a bundle or a folder of files."""
+    from generator.formats.axes import UP
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer evaluate",
+        description="Score a bundle, or a folder of .ply, .splat, .spz and .glb files named by their prompts, by the paper's protocol: "
+        "every object from 10 random sides. Writes report.html, with pictures, and report.json.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a bundle, its hub id, or a folder of files such as a-red-chair-1.ply")
+    parser.add_argument("--output", type=Path, default=Path("out/evaluation"), metavar="DIR", help="default: out/evaluation")
+    parser.add_argument("--prompts", type=Path, metavar="F.txt", help="a prompt on each line (default: 106 of the starter's vocabulary)")
+    parser.add_argument("--names", action="store_true", help="take a folder's file names as the prompts")
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        metavar="DIR",
+        help="training objects (runs/NAME/shards): adds the ceiling, the baseline and the look for copies",
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="objects of each prompt from a bundle (default: 2)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the bundle's)")
+    parser.add_argument("--views", type=int, default=10, help="random sides of each object (default: 10)")
+    parser.add_argument("--up", choices=UP, help="axes of a folder's splats (default: what a file states, else Z)")
+    parser.add_argument("--clip", default="", metavar="MODEL", help="adds the CLIP score: a folder, or a hub id, which is downloaded")
+    options = parser.parse_args(arguments)
+    if options.names and options.prompts:
+        raise InputError("--names and --prompts exclude each other")
+
+    from .evaluate import Protocol, evaluate, fixed_prompts, read_prompts, summary_line
+
+    protocol = Protocol(views=options.views, seeds=options.seeds, steps=options.steps)
+    prompts = None if options.names else read_prompts(options.prompts) if options.prompts else fixed_prompts()
+    report = evaluate(options.source, options.output, prompts, options.shards, protocol, options.clip, options.up)
+    print(f"evaluate: {summary_line(report)}")
+    print(f"evaluate: {options.output / 'report.html'}")
+    return 0
+
+
+def _blind(arguments: list[str]) -> int:
+    """Make a page that asks which of two methods is better."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer blind",
+        description="A page of HTML that asks people which of two methods fits each prompt better and does not say which is which. Voters "
+        "get blind.html and send back the file that it lets them download; key.json is for `python -m trainer votes`.",
+    )
+    parser.add_argument("first", metavar="A", help="a bundle, its hub id, or a folder of files named by prompt")
+    parser.add_argument("second", metavar="B", help="the same")
+    parser.add_argument("--output", type=Path, default=Path("out/blind"), metavar="DIR", help="default: out/blind")
+    parser.add_argument("--prompts", type=Path, metavar="F.txt", help="a prompt on each line (default: 106 of the starter's vocabulary)")
+    parser.add_argument("--seed", type=int, default=0, help="of sides and order (default: 0)")
+    options = parser.parse_args(arguments)
+
+    from .evaluate import Protocol, fixed_prompts, read_prompts
+    from .evaluate.blind import write_page
+    from .evaluate.report import open_source
+
+    prompts = read_prompts(options.prompts) if options.prompts else fixed_prompts()
+    made, methods = [], []
+    for source in (options.first, options.second):
+        objects, method, _ = open_source(source, prompts, Protocol(seeds=1))
+        made.append(objects)
+        methods.append(method["name"])
+    pairs = write_page(options.output, tuple(methods), *made, options.seed)
+    print(f"blind: {pairs} pairs in {options.output / 'blind.html'}; keep {options.output / 'key.json'} from the voters")
+    return 0
+
+
+def _votes(arguments: list[str]) -> int:
+    """Count the votes of a blind page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer votes", description="Win rates, with intervals, from the votes of a blind page."
+    )
+    parser.add_argument("key", type=Path, metavar="key.json")
+    parser.add_argument("votes", nargs="+", type=Path, metavar="VOTES.json")
+    options = parser.parse_args(arguments)
+
+    from .evaluate.blind import count, text
+
+    print(text(count(options.key, options.votes)))
+    return 0
+
+
+def _judge(arguments: list[str]) -> int:
+    """Train the offline judge."""
+    from .evaluate.judge import Judge, examples_from_shards
+    from .evaluate.references import layout_of
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer judge",
+        description="Train the offline judge on the objects of shards. The one that `evaluate` uses comes with the package.",
+    )
+    parser.add_argument("shards", type=Path, help="a folder of shards (runs/NAME/shards)")
+    parser.add_argument("output", type=Path, metavar="F.safetensors")
+    parser.add_argument("--views", type=int, default=4, help="sides of each object (default: 4)")
+    options = parser.parse_args(arguments)
+    check_writable(options.output)
+    judge = Judge.train(examples_from_shards(options.shards, layout_of(options.shards)), options.views)
+    judge.save(options.output)
+    for name in ("unseen", "seen"):
+        print(f"judge: on objects that are {name}: " + ", ".join(f"{key} {value}" for key, value in judge.record[name].items()))
+    print(f"judge: {options.output}")
+    return 0
+
+
 def _layouts(arguments: list[str]) -> int:
     """Compute the stored layouts anew."""
     from generator.atlas.layout import PROJECTIONS, default_path
@@ -321,6 +425,10 @@ COMMANDS = {
     "atlas doctor": (_doctor, "whether atlases are fit to be trained on, as a table, JSON and a picture"),
     "import-fits": (_import_fits, "Gaussians that others have fitted (GaussianVerse) as the fits of a run"),
     "import-views": (_import_views, "the renders of G-Objaverse as the views of a run"),
+    "evaluate": (_evaluate, "one report, with pictures, of what a bundle or any other method makes of many prompts"),
+    "blind": (_blind, "a page on which people compare two methods without knowing which is which"),
+    "votes": (_votes, "win rates from the votes of such a page"),
+    "judge": (_judge, "train the offline judge that `evaluate` uses"),
     "card": (_card, "what a run's data set holds, how good it is and whom to thank, as Markdown"),
     "scale": (_scale, "what a large data set would take, projected and simulated from the records of a small one"),
     "ablations": (_ablations, "what the paper's choices are worth at a small scale: trains, judges and writes docs/ablations.md"),

@@ -72,14 +72,14 @@ def colour_word(color: Sequence[float]) -> str:
     return COLOURS[int(colour_words(torch.tensor([list(color)]))[1])]
 
 
-def _areas(gaussians: Gaussians) -> Tensor:
+def visible_areas(gaussians: Gaussians) -> Tensor:
     """Opacity times the largest cross-section of each Gaussian [N]: its share of the visible surface, up to a constant."""
     return gaussians.opacities.float() * gaussians.scales.float().sort(1).values[:, 1:].prod(1)
 
 
 def dominant_colour(gaussians: Gaussians, share: float = 0.45) -> str | None:
     """The colour word that at least `share` of the visible surface bears, or None where no colour dominates."""
-    totals = torch.bincount(colour_words(gaussians.colors)[1], _areas(gaussians), minlength=len(COLOURS))
+    totals = torch.bincount(colour_words(gaussians.colors)[1], visible_areas(gaussians), minlength=len(COLOURS))
     index = int(totals.argmax())
     return COLOURS[index] if totals[index] >= share * totals.sum().clamp_min(1e-12) else None
 
@@ -96,7 +96,7 @@ def recolour(gaussians: Gaussians, colour: str, target: str) -> Gaussians:
         return gaussians
     lab = to_oklab(gaussians.colors.float())
     goal = to_oklab(torch.tensor(_PROTOTYPES[target][0]))
-    weights = _areas(gaussians)[part, None]
+    weights = visible_areas(gaussians)[part, None]
     mean = (lab[part] * weights).sum(0) / weights.sum().clamp_min(1e-12)
     painted = goal + (lab[part] - mean) * torch.tensor([0.6, 0.3, 0.3])
     colors = gaussians.colors.clone()

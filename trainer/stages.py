@@ -46,6 +46,8 @@ from .training_data import TrainingData, from_shards
 if TYPE_CHECKING:
     from generator.model.pipeline import GaussianAtlasPipeline
 
+_EVALUATION_VIEWS = 4  # a first look: the paper's 10 take longer than a tiny model's training may
+
 # What of a fit's JSON goes into its record.
 _SCORES = ("psnr", "psnr_foreground", "ssim", "perceptual", "perceptual_name", "gaussians")
 
@@ -474,11 +476,13 @@ def _base_record(config: FinetuneConfig) -> dict | str:
 
 
 def evaluate(preset: Preset, run: Path) -> None:
-    """Draw the preset's prompts beside their nearest training objects, and score them."""
-    from .evaluate import nearest_report
+    """Score the bundle on the preset's few prompts; `python -m trainer evaluate` does so on many."""
+    from .evaluate import Protocol, own_prompts, summary_line
+    from .evaluate import evaluate as evaluate_bundle
 
-    report = nearest_report(run / "bundle", run / "shards", preset.prompts, run / "evaluation")
-    _say(f"evaluate: {report}")
+    prompts = own_prompts(preset.prompts)
+    report = evaluate_bundle(run / "bundle", run / "evaluation", prompts, run / "shards", Protocol(views=_EVALUATION_VIEWS))
+    _say(f"evaluate: {summary_line(report)}; see {run / 'evaluation' / 'report.html'}")
 
 
 STAGES: dict[str, Callable[[Preset, Path], None]] = {

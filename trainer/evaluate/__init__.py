@@ -1,5 +1,6 @@
-"""A first look at a model: what it draws, beside what it has seen."""
+"""How good what a model or any other method makes is, and what it has seen."""
 
-from .nearest import nearest_report
+from .prompts import fixed_prompts, own_prompts, read_prompts
+from .report import Protocol, evaluate, summary_line
 
-__all__ = ["nearest_report"]
+__all__ = ["Protocol", "evaluate", "fixed_prompts", "own_prompts", "read_prompts", "summary_line"]

