@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from generator.gaussians import Gaussians
 from generator.model.guidance import with_guidance_input
 from generator.model.pipeline import GaussianAtlasPipeline, fast_dtype, resolve_device
 from generator.render import Cameras, render, save_png
+from trainer.evaluate.judge import Judge, evaluate_set
 
 MODEL = Path("models/starter")
 STEPS = (4, 6, 8, 10, 15, 20, 30, 50)
@@ -55,12 +57,12 @@ class Sampler:
         self.pipeline = GaussianAtlasPipeline.from_pretrained(model)
         self.prompts, self.seeds, self.config = list(prompts), seeds, dict(self.pipeline.scheduler.config)
 
-    def __call__(self, steps: int, solver: dict) -> tuple[torch.Tensor, list[Gaussians], float]:
-        """Normalised atlases [N, 16, H, W], their Gaussians, and the seconds of one object's sampling."""
+    def __call__(self, steps: int, solver: dict) -> tuple[torch.Tensor, list[Gaussians]]:
+        """Normalised atlases [N, 16, H, W] and their Gaussians."""
         self.pipeline.scheduler = type(self.pipeline.scheduler).from_config(self.config | solver)
         out = self.pipeline(self.prompts, num_inference_steps=steps, num_samples_per_prompt=self.seeds, batch_size=1)
         values = torch.stack([self.pipeline.normalization.normalize(atlas.values) for atlas in out.atlases])
-        return values, out.gaussians, out.seconds["sample"] / len(out.atlases)
+        return values, out.gaussians
 
 
 def apart(values: torch.Tensor, others: torch.Tensor) -> float:
@@ -68,23 +70,32 @@ def apart(values: torch.Tensor, others: torch.Tensor) -> float:
     return (values - others).square().mean((1, 2, 3)).sqrt().mean().item()
 
 
-def compare(name: str, steps: int, made: tuple, reference: tuple) -> dict:
+def compare(name: str, steps: int, made: tuple, reference: tuple, judged: Callable[[list[Gaussians]], dict]) -> dict:
     """A row of the table."""
     decibels = [foreground_psnr(ours, theirs) for ours, theirs in zip(made[1], reference[1], strict=True)]
     row = {"solver": name, "steps": steps, "distance": round(apart(made[0], reference[0]), 4)}
-    return row | {"dB": round(statistics.fmean(decibels), 1), "worst dB": round(min(decibels), 1), "s": round(made[2], 3)}
+    return row | {"dB": round(statistics.fmean(decibels), 1), "worst dB": round(min(decibels), 1)} | judged(made[1])
 
 
 def steps(options: argparse.Namespace) -> None:
     """Rows of every solver and number of steps, and pictures where they are wanted."""
     sampler = Sampler(options.model, PROMPTS[: options.prompts], options.seeds)
     reference = sampler(options.reference, {})
-    rows, strips = [], {}
+    judge = Judge.load(options.judge) if options.judge else None
+
+    def judged(objects: list[Gaussians]) -> dict:
+        """The judge's numbers, where there is one."""
+        if judge is None:
+            return {}
+        found = evaluate_set(judge, [(sampler.prompts[index // options.seeds], each) for index, each in enumerate(objects)])
+        return {"judge": round(found["score"], 3), "R-precision": round(found["r_precision"], 2)}
+
+    rows, strips = [compare("order 2", options.reference, reference, reference, judged)], {}
     if options.seeds > 1:
         # What is large: objects of one prompt and different seeds.
-        turned = [torch.arange(len(reference[1])).view(-1, options.seeds).roll(1, 1).flatten()]
-        other = (reference[0][turned[0]], [reference[1][i] for i in turned[0]], reference[2])
-        rows.append(compare("another seed", options.reference, other, reference))
+        turned = torch.arange(len(reference[1])).view(-1, options.seeds).roll(1, 1).flatten()
+        other = (reference[0][turned], [reference[1][i] for i in turned])
+        rows.append(compare("another seed", options.reference, other, reference, judged))
     samplers = [("", sampler)]
     if options.student:
         samplers.append((f"{options.student.parent.name}: ", Sampler(options.student, PROMPTS[: options.prompts], options.seeds)))
@@ -98,7 +109,7 @@ def steps(options: argparse.Namespace) -> None:
                 except (InputError, ValueError) as error:
                     print(f"{prefix}{name}, {count} steps: {error}")
                     continue
-                rows.append(compare(prefix + name, count, made, reference))
+                rows.append(compare(prefix + name, count, made, reference, judged))
                 strips.setdefault(prefix + name, []).append(made[1])
                 print(*rows[-1].values(), flush=True)
     if options.pictures:
@@ -241,6 +252,7 @@ def main() -> None:
     )
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS), help="steps: solvers (default: all)")
     parser.add_argument("--student", type=Path, help="steps: another bundle of the same layout, such as a distilled one, against the same")
+    parser.add_argument("--judge", type=Path, help="steps: a judge's file (trainer.evaluate.judge), whose scores are then told too")
     parser.add_argument("--pictures", type=Path, help="steps: folder for a picture of every solver")
     options = parser.parse_args()
     {"steps": steps, "settings": settings, "large": large}[options.part](options)
