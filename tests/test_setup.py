@@ -89,7 +89,7 @@ def test_closure_follows_needs_extras_and_markers_and_stops_at_cycles(packages):
 def third_party_imports(folder: str) -> dict[str, set[str]]:
     """{distribution: files of `folder` that import it}, imports inside functions included; Blender's own modules aside."""
     ours = {"generator", "trainer", "blender_addon", "tests", "tools", *(path.stem for path in ROOT.glob("*s/*.py"))}
-    blenders = {"bpy", "bpy_extras", "mathutils", "addon_utils", "gpu", "gpu_extras"}
+    blenders = {"bpy", "bpy_extras", "bmesh", "mathutils", "addon_utils", "gpu", "gpu_extras"}
     providers = metadata.packages_distributions()
     found: dict[str, set[str]] = {}
     for path in (ROOT / folder).rglob("*.py"):
@@ -100,6 +100,10 @@ def third_party_imports(folder: str) -> dict[str, set[str]]:
                 provider = canonicalize_name(providers.get(name, [name])[0])
                 found.setdefault(provider, set()).add(path.relative_to(ROOT).as_posix())
     return found
+
+
+# Scripts that other environments run -> what those hold.
+ELSEWHERE = {"trainer/sources/infinigen_spawn.py": "requirements-infinigen.lock"}
 
 
 @pytest.mark.parametrize(
@@ -121,8 +125,16 @@ def test_what_is_imported_is_declared_where_it_is_needed(folder, extras, groups)
     for group in groups:
         lines += project["dependency-groups"][group]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
-    undeclared = {name: sorted(files) for name, files in third_party_imports(folder).items() if name not in declared}
+    found = {name: files - ELSEWHERE.keys() for name, files in third_party_imports(folder).items()}
+    undeclared = {name: sorted(files) for name, files in found.items() if files and name not in declared}
     assert not undeclared, "imported, but not in pyproject.toml for this folder"
+
+
+def test_what_runs_in_another_environment_is_in_its_lock():
+    for script, name in ELSEWHERE.items():
+        pins = lock.read_lock(ROOT / name)
+        wanted = {package for package, files in third_party_imports("trainer").items() if script in files}
+        assert wanted and wanted <= pins.keys() and "bpy" in pins
 
 
 def test_an_installed_package_has_every_module_and_data_file(tmp_path):
