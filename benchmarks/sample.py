@@ -55,7 +55,9 @@ class Sampler:
 
     def __init__(self, model: Path, prompts: tuple[str, ...], seeds: int) -> None:
         self.pipeline = GaussianAtlasPipeline.from_pretrained(model)
-        self.prompts, self.seeds, self.config = list(prompts), seeds, dict(self.pipeline.scheduler.config)
+        # Without what diffusers notes of defaults: it would set those back that a solver changes.
+        self.config = {key: value for key, value in self.pipeline.scheduler.config.items() if not key.startswith("_")}
+        self.prompts, self.seeds = list(prompts), seeds
 
     def __call__(self, steps: int, solver: dict) -> tuple[torch.Tensor, list[Gaussians]]:
         """Normalised atlases [N, 16, H, W] and their Gaussians."""
