@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from trainer.evaluate.made import made_by_files, to_unit_box
 from trainer.evaluate.prompts import Prompt, plain_noun
 from trainer.evaluate.references import References
 
+ROOT = Path(__file__).resolve().parent.parent
 FULL = torch.tensor([0.3, 0.2])
 
 
@@ -127,8 +130,16 @@ def test_a_mesh_is_drawn_as_its_splats_are(tmp_path):
         [(0, 1, 3), (0, 3, 2), (4, 6, 7), (4, 7, 5), (0, 4, 5), (0, 5, 1), (2, 3, 7), (2, 7, 6), (0, 2, 6), (0, 6, 4), (1, 5, 7), (1, 7, 3)]
     )
     glb.write(tmp_path / "a-red-box.glb", "box", vertices, faces, np.tile([0.5, 0.01, 0.01], (8, 1)))
-    (mesh,), _ = made_by_files(tmp_path)
-    rgb, alpha = mesh.pictures(protocol_cameras(2, 64))
+    # In a Blender of its own: drawing a mesh empties the one that it runs in, which other tests need.
+    script = (
+        "import sys, numpy; from trainer.evaluate.made import made_by_files; from trainer.evaluate.judge import protocol_cameras; "
+        "(mesh,), _ = made_by_files(sys.argv[1]); rgb, alpha = mesh.pictures(protocol_cameras(2, 64)); "
+        "numpy.savez(sys.argv[1] + '/drawn.npz', rgb=rgb.numpy(), alpha=alpha.numpy())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(tmp_path / "drawn.npz") as drawn:
+        rgb, alpha = torch.from_numpy(drawn["rgb"]), torch.from_numpy(drawn["alpha"])
     points = torch.rand(4000, 3) - 0.5
     axis = torch.randint(3, (4000,))
     points[torch.arange(4000), axis] = points[torch.arange(4000), axis].sign() * 0.5
