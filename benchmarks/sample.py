@@ -154,8 +154,8 @@ def timed(pipeline: GaussianAtlasPipeline, count: int, guidance: float, repeats:
 def bundled(model: str, dtype: str, channels_last: bool, compiled: str, count: int, guidance: float, repeats: int) -> dict:
     """A row for the model of a bundle; `compiled` is "", "inductor" or "inductor, frozen"."""
     pipeline = GaussianAtlasPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-    pipeline.info = pipeline.info | {"inference": {"channels_last": channels_last}}
-    pipeline.unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    pipeline.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    pipeline.unet.to(memory_format=pipeline.memory_format)
     # Compiled anew, not found where an earlier run has left it.
     cache = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     try:
@@ -203,7 +203,7 @@ def stand_in(size: int, fold: int, unet: dict, once: bool, device: torch.device)
     layout, old = AtlasLayout.load_default(size), pipeline.normalization
     mean, std = (value.mean((1, 2), keepdim=True).expand(-1, size, size).clone() for value in (old.mean, old.std))
     return GaussianAtlasPipeline(
-        network.to(device, dtype, memory_format=torch.channels_last),
+        network.to(device, dtype),
         pipeline.scheduler,
         pipeline.text_encoder,
         layout,

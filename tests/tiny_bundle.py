@@ -18,7 +18,7 @@ INFO = {
     "licence": "CC0-1.0",
     "trained_on": "nothing: random weights for tests",
     "fold": FOLD,
-    "inference": {"dtype": "float32", "channels_last": True},
+    "inference": {"dtype": "float32"},
     "defaults": {"num_inference_steps": 4, "guidance_scale": 2.0},
 }
 SCHEDULER = {
@@ -81,7 +81,9 @@ def normalization(layout_id: str | None = None) -> Normalization:
 
 def write_tiny_bundle(directory: Path, **changes) -> Path:
     """Save the tiny model; `changes` replace arguments of save_bundle, or keys of its info."""
-    info = INFO | {key: changes.pop(key) for key in list(changes) if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance")}
+    info = INFO | {
+        key: changes.pop(key) for key in list(changes) if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance", "wrap")
+    }
     parts = {
         "unet": tiny_unet(CHANNELS * info["fold"] ** 2),
         "scheduler_config": SCHEDULER,

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -29,9 +30,9 @@ from generator.atlas import CHANNELS
 from generator.errors import InputError, WorkError
 from generator.model.bundle import Bundle
 from generator.model.editing import clean_estimate
-from generator.model.folding import fold, unfold
+from generator.model.folding import fold, unfold, unwrap, wrap
 from generator.model.guidance import embed_guidance, with_guidance_input
-from generator.model.pipeline import fast_dtype
+from generator.model.pipeline import fast_dtype, fast_layout
 from generator.model.widen import widen_unet
 
 from .base import load_base
@@ -62,6 +63,7 @@ class FinetuneConfig:
     unconditional: str = "zeros"  # what stands for no prompt: zeros, or the "empty" prompt as Stable Diffusion has it
     lora_rank: int = 0  # above 0 only low-rank additions to the attention are trained (Hu et al. 2021)
     fold: int = 1  # cells per side folded into channels: 1 is the paper's plain input, more is cheaper
+    wrap: int = 0  # columns of the folded image seen again beyond the left and the right border, where an atlas comes round
     prediction_type: str = "v_prediction"  # or what the network gives: the clean atlas ("sample") or the noise ("epsilon"); one loss
     shift: float = 1.0  # divides the signal-to-noise ratio by its square; above 1 trains more on the coarse shape
     zero_terminal_snr: bool = True  # the last timestep is pure noise, as at sampling
@@ -108,7 +110,7 @@ class FinetuneConfig:
             raise InputError(f"channel_weights needs one number for each of {', '.join(ATTRIBUTES)}")
         if not 0 <= self.text_dropout < 1:
             raise InputError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
-        leasts = {"batch_size": 1, "micro_batch": 0, "lora_rank": 0, "prefetch": 0, "render_most": 1, "render_size": 8}
+        leasts = {"batch_size": 1, "wrap": 0, "micro_batch": 0, "lora_rank": 0, "prefetch": 0, "render_most": 1, "render_size": 8}
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -157,7 +159,10 @@ class Trainer:
         processes = self.accelerator.num_processes
         if config.batch_size % processes:
             raise InputError(f"batch_size {config.batch_size} cannot be shared by {processes} processes: make it a multiple")
-        self.unet = build_unet(config, data.text_width, data.channels).to(self.device, memory_format=torch.channels_last)
+        wanted = config.mixed_precision
+        self.bf16 = wanted == "bf16" or (wanted == "auto" and fast_dtype(self.device) == torch.bfloat16)
+        self.memory_format = fast_layout(self.device, torch.bfloat16 if self.bf16 else torch.float32)
+        self.unet = build_unet(config, data.text_width, data.channels).to(self.device, memory_format=self.memory_format)
         # Whose guided predictions are learned.
         self.teacher = load_base(config.base).bundle.load_unet(self.device) if config.distill_guidance else None
         if config.gradient_checkpointing:
@@ -170,12 +175,10 @@ class Trainer:
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
-            foreach=True,
+            fused=True,
         )
         # The same network, which adds up gradients over the processes where there are several.
         self.model = self.accelerator.prepare_model(self.unet)
-        wanted = config.mixed_precision
-        self.bf16 = wanted == "bf16" or (wanted == "auto" and fast_dtype(self.device) == torch.bfloat16)
         self.step = 0
         self.mean_loss, self.lowest = 0.0, float("inf")
         self.alphas = alphas_cumprod(shift=config.shift, zero_terminal_snr=config.zero_terminal_snr).float().to(self.device)
@@ -228,13 +231,13 @@ class Trainer:
         alpha = self.alphas[timesteps].sqrt().reshape(-1, 1, 1, 1)
         sigma = (1 - self.alphas[timesteps]).sqrt().reshape(-1, 1, 1, 1)
         noisy = alpha * clean + sigma * noise
-        folded = fold(noisy, config.fold).contiguous(memory_format=torch.channels_last)
+        image = wrap(fold(noisy, config.fold), config.wrap).contiguous(memory_format=self.memory_format)
         inputs = {"encoder_hidden_states": text, "return_dict": False}
         if self.teacher is not None:
             inputs["timestep_cond"] = embed_guidance(guidance, self.unet.config.time_cond_proj_dim)
         with self._autocast():
-            output = (model or self.unet)(folded, timesteps, **inputs)[0]
-        output = unfold(output.float(), config.fold)
+            output = (model or self.unet)(image, timesteps, **inputs)[0]
+        output = unfold(unwrap(output.float(), config.wrap), config.fold)
         if config.prediction_type == "v_prediction":
             target, weight = alpha * noise - sigma * clean, torch.ones_like(sigma)
         elif config.prediction_type == "sample":
@@ -244,7 +247,7 @@ class Trainer:
             # v = (e - sigma z) / alpha, likewise.
             target, weight = noise, 1 / alpha.square().clamp_min(0.1)
         if self.teacher is not None:
-            target = self._taught(folded, timesteps, text, guidance)
+            target = self._taught(image, timesteps, text, guidance)
             clean = clean_estimate(target, noisy, alpha, sigma, config.prediction_type)
         if config.min_snr_gamma:
             snr = alpha.square() / sigma.square().clamp_min(1e-8)
@@ -259,16 +262,20 @@ class Trainer:
         return loss
 
     @torch.no_grad()
-    def _taught(self, folded: Tensor, timesteps: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+    def _taught(self, image: Tensor, timesteps: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
         """What the teacher predicts, guided by [B]: [B, 16, H, W]."""
         texts = torch.cat([text, self.data.unconditional.to(text).expand_as(text)])
         with self._autocast():
-            both = self.teacher(torch.cat([folded] * 2), timesteps.repeat(2), encoder_hidden_states=texts, return_dict=False)[0]
-        found, without = unfold(both.float(), self.config.fold).chunk(2)
+            both = self.teacher(torch.cat([image] * 2), timesteps.repeat(2), encoder_hidden_states=texts, return_dict=False)[0]
+        found, without = unfold(unwrap(both.float(), self.config.wrap), self.config.fold).chunk(2)
         return torch.lerp(without, found, guidance.reshape(-1, 1, 1, 1))
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def _attention(self):
+        # On a CPU the fused attention's gradients take several times as long as plain matrix products, at the sizes that a CPU can train.
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, constant, linear decay at the end."""
@@ -305,8 +312,9 @@ class Trainer:
             # Gradients are exchanged once, with the last part.
             last = start + size >= count
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.loss(part, self.model, self.render_factor(self.step)) * (len(part.clean) / count)
-                self.accelerator.backward(loss)
+                with self._attention():
+                    loss = self.loss(part, self.model, self.render_factor(self.step)) * (len(part.clean) / count)
+                    self.accelerator.backward(loss)
             total += loss.detach()
         value = self.accelerator.reduce(total, "mean").item()
         self._check(value)
@@ -463,8 +471,10 @@ class Trainer:
         self.ema = {name: ema[name].to(self.device) for name in self.ema}
         for key, value in moments.items():
             kind, name = key.split("/", 1)
-            # AdamW keeps its step counter on the CPU.
-            self.optimizer.state[self.trainable[name]][kind] = value if kind == "step" else value.to(self.device)
+            parameter = self.trainable[name]
+            # The fused AdamW reads moments in the memory order of their parameter; its step counter is a scalar beside it.
+            value = value.to(self.device) if kind == "step" else torch.empty_like(parameter).copy_(value)
+            self.optimizer.state[parameter][kind] = value
         self.step, self.mean_loss, self.lowest = state["step"], state.get("mean_loss", 0.0), state.get("lowest", float("inf"))
         return True
 
@@ -495,6 +505,8 @@ def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS
             raise InputError(f"base {config.base!r} was trained with another fold, prediction or noise: keep its settings")
         if base.bundle and base.bundle.info.get("distilled_guidance"):
             raise InputError(f"base {config.base!r} is distilled: go on from the model that it was distilled from")
+        if base.bundle and config.distill_guidance and config.wrap != base.bundle.wrap:
+            raise InputError(f"base {config.base!r} was trained with wrap {base.bundle.wrap}: what is distilled from it needs the same")
         if not base.bundle and config.distill_guidance:
             raise InputError(f"base {config.base!r} is a 2D model: only guidance of a bundle can be distilled")
         if not base.bundle and config.fold != 1:
@@ -523,7 +535,9 @@ def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
     if found is None:
         raise InputError(f"base {config.base!r} was trained with a noise schedule that cannot be gone on with")
     prediction = bundle.scheduler_config["prediction_type"]
-    return replace(config, fold=bundle.fold, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
+    # A network learns to see beyond the borders in few steps, and what it has learned to see it keeps.
+    wrapped = config.wrap or bundle.wrap
+    return replace(config, fold=bundle.fold, wrap=wrapped, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
 
 
 def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS):

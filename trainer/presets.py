@@ -56,6 +56,7 @@ class Preset:
     projection: str = "equirectangular"  # the paper's; or equal_area
     transport: str = "fast"  # quality of the transport to the sphere: fast, high or exact
     channels: ChannelSpec = field(default_factory=ChannelSpec)  # how a Gaussian is written into a cell
+    relearn: bool = False  # with a bundle as finetune.base: these channels and statistics of their own, which its network relearns
     normal_scores: bool = False  # map every channel to normal scores before it is standardised
     normalization: str = "cell"  # statistics for every cell (the paper) or every channel
     recolour: int = 0  # repainted variants of each object that has a dominant colour, with captions that name the new one
@@ -105,8 +106,9 @@ def following_base(preset: Preset) -> Preset:
     bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
     if bundle is None:
         return preset
-    layout = {"size": bundle.layout.size, "projection": bundle.layout.projection, "channels": bundle.channels}
-    return replace(preset, **layout, finetune=going_on(preset.finetune, bundle))
+    kept = {"size": bundle.layout.size, "projection": bundle.layout.projection}
+    kept |= {} if preset.relearn else {"channels": bundle.channels}
+    return replace(preset, **kept, finetune=going_on(preset.finetune, bundle))
 
 
 def small_unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int, heads: int = 8) -> dict:

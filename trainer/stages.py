@@ -319,7 +319,7 @@ def _is_current(path: Path, fit_path: Path, layout: AtlasLayout, channels: Chann
 def stats(preset: Preset, run: Path) -> None:
     """Mean and deviation of every cell over the shards, if wanted of its normal scores; of a bundle that is gone on from its own."""
     scores = None
-    bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
+    bundle = load_base(preset.finetune.base).bundle if preset.finetune.base and not preset.relearn else None
     if bundle:
         for sample, layout_id in dataset.read_shards(run / "shards"):
             if (layout_id, sample.spec) != (bundle.layout.id, bundle.channels):
@@ -389,7 +389,7 @@ def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtla
 
     config, decoding = trainer.config, trainer.data.decoding
     solver = DPMSolverMultistepScheduler.from_config(scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr))
-    info = {"fold": config.fold, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
+    info = {"fold": config.fold, "wrap": config.wrap, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
     parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
         yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts)
@@ -441,10 +441,11 @@ def pack(preset: Preset, run: Path) -> None:
         "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
         "metrics": {"fit_psnr_mean": round(sum(psnrs) / len(psnrs), 2), "fit_psnr_lowest": round(min(psnrs), 2)} if psnrs else {},
         "fold": config.fold,
+        "wrap": config.wrap,
         # Imported fits were not made through the low-pass of our views.
         "low_pass": round(preset.views.low_pass, 6) if psnrs else 0.0,
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
-        "inference": {"dtype": "auto", "channels_last": True},
+        "inference": {"dtype": "auto"},
     }
     if config.distill_guidance:
         info["distilled_guidance"] = config.distill_guidance

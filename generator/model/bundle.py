@@ -67,8 +67,13 @@ class Bundle:
         """Cells a side that are folded into channels before the UNet; 1 is the paper's plain input."""
         return int(self.info.get("fold", 1))
 
+    @property
+    def wrap(self) -> int:
+        """Columns of the folded image that the network sees again beyond the left and the right border; 0 is the paper's plain image."""
+        return int(self.info.get("wrap", 0))
+
     def load_unet(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """The network for inference, in channels-last order.
+        """The network for inference.
 
         Raises:
             InputError: the weights are damaged or do not fit the configuration.
@@ -84,8 +89,7 @@ class Bundle:
             unet.load_state_dict(state, strict=True, assign=True)
         except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{path}: the weights cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-        memory_format = torch.channels_last if self.info.get("inference", {}).get("channels_last", True) else torch.preserve_format
-        return unet.eval().requires_grad_(False).to(device=device, memory_format=memory_format)
+        return unet.eval().requires_grad_(False).to(device)
 
 
 def save_bundle(
@@ -105,8 +109,8 @@ def save_bundle(
     Args:
         unet: network of 16 fold^2 channels in and out.
         scheduler_config: arguments of DPMSolverMultistepScheduler.
-        info: JSON values: name, version, licence, trained_on (required), and for instance fold, vocabulary, metrics,
-            defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto", "channels_last": true}),
+        info: JSON values: name, version, licence, trained_on (required), and for instance fold, wrap, vocabulary, metrics,
+            defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto"}),
             distilled_guidance (of a network that takes guidance of 1 to this as an input).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.
@@ -241,6 +245,9 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
     fold = info.get("fold", 1)
     if not isinstance(fold, int) or fold < 1 or layout.size % fold:
         raise InputError(f"{directory}: fold must divide the {layout.size} cells of the atlas, got {fold!r}")
+    wrap = info.get("wrap", 0)
+    if isinstance(wrap, bool) or not isinstance(wrap, int) or not 0 <= wrap <= layout.size // fold:
+        raise InputError(f"{directory}: wrap must be a number of columns, 0 to {layout.size // fold}, got {wrap!r}")
     expected = CHANNELS * fold**2
     for key in ("in_channels", "out_channels"):
         if unet_config.get(key) != expected:

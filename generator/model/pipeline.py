@@ -25,7 +25,7 @@ from ..errors import Cancelled, InputError, WorkError
 from ..gaussians import Gaussians
 from .bundle import find_bundle, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
-from .folding import fold, unfold
+from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
 from .text import TextEncoder
 
@@ -74,7 +74,8 @@ class GaussianAtlasPipeline:
         info: dict,
         model_hash: str = "",
     ) -> None:
-        self.unet = unet
+        self.memory_format = fast_layout(unet.device, unet.dtype)
+        self.unet = unet.to(memory_format=self.memory_format)
         self.scheduler = scheduler
         self.text_encoder = text_encoder
         self.layout = layout
@@ -273,16 +274,15 @@ class GaussianAtlasPipeline:
         # Whatever is the same in every step is made here. The network's dtype is one of these: to tell it, it looks through all its parts.
         texts = [positive] + ([] if mix is None else [mix.text]) + ([] if negative is None else [negative])
         text = torch.cat([each.expand_as(positive) for each in texts])
-        count, dtype = len(texts), self.unet.dtype
-        layout = torch.channels_last if self.info.get("inference", {}).get("channels_last", True) else torch.contiguous_format
+        count, dtype, columns = len(texts), self.unet.dtype, int(self.info.get("wrap", 0))
         inputs = {"encoder_hidden_states": text, "return_dict": False}
         if self.distilled_guidance:
             scales = torch.full((len(text),), max(float(guidance), 1.0) if negative is None else 1.0)
             inputs["timestep_cond"] = embed_guidance(scales, self.unet.config.time_cond_proj_dim).to(text)
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            batch = torch.cat([latents] * count).to(dtype).contiguous(memory_format=layout)
-            predictions = list(self.unet(batch, timestep, **inputs)[0].float().chunk(count))
+            batch = wrap(torch.cat([latents] * count), columns).to(dtype).contiguous(memory_format=self.memory_format)
+            predictions = list(unwrap(self.unet(batch, timestep, **inputs)[0].float(), columns).chunk(count))
             without = None if negative is None else predictions.pop()
             found = predictions[0] if mix is None else torch.lerp(*predictions, mix.weight)
             return found if without is None else without + guidance * (found - without)
@@ -428,6 +428,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     # bfloat16 is several times faster where the CPU multiplies it itself, and several times slower where it does not.
     native = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.bfloat16 if device.type == "cpu" and native else torch.float32
+
+
+def fast_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory order in which a network of that dtype runs fastest there."""
+    # oneDNN's bfloat16 convolutions reorder by themselves; group norms, and their gradients above all, are slower over channels last.
+    slower = device.type == "cpu" and dtype == torch.bfloat16
+    return torch.contiguous_format if slower else torch.channels_last
 
 
 def check_arguments(
