@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from ..generator import vocabulary
 from ..generator.errors import InputError, WorkError
 from ..generator.files import check_writable
 from . import extension, generation, service
@@ -68,6 +69,8 @@ def generate(options: argparse.Namespace) -> int:
             skipped += 1
             continue
         print(f"[{index + 1}/{len(requests)}] {request.prompt} (seed {request.seed})", flush=True)
+        if hint := vocabulary.hint(request.prompt, info.vocabulary):
+            print(f"  {hint}", flush=True)
         record = {
             "name": name,
             **identity,

@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 import bpy
 from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 
+from ..generator import vocabulary
 from ..generator.errors import InputError
-from . import extension, history, service, vocabulary
+from . import extension, history, service
 from .generation import SEED_MAX, Provenance
 from .splat_object import cells as _cells
 

@@ -113,6 +113,7 @@ def _generate(arguments: list[str]) -> None:
     started = time.perf_counter()
     # What can be wrong is looked for before the seconds of loading; the cheap and likely first.
     check_suffix(options.output)
+    from . import vocabulary
     from .model.pipeline import GaussianAtlasPipeline, check_arguments
 
     try:
@@ -143,6 +144,9 @@ def _generate(arguments: list[str]) -> None:
 
     _say(f"loading {options.model}")
     pipeline = GaussianAtlasPipeline.from_pretrained(options.model, device=options.device)
+    known = tuple(str(entry) for entry in pipeline.info.get("vocabulary") or ())
+    if hint := vocabulary.hint(options.prompt, known, pipeline.text_encoder):
+        _say(hint)
     edit, record = ({}, "") if source is None else _edit(pipeline, *source, options.strength, options.box)
     from tqdm import tqdm
 
@@ -196,7 +200,8 @@ def _generate(arguments: list[str]) -> None:
             save_png(picture, places.enter_context(replacing(path)))
     seconds["write"] = time.perf_counter() - before
     seconds["total"] = time.perf_counter() - started
-    _report(options, pipeline, result, outputs, previews, provenance, {stage: round(value, 3) for stage, value in seconds.items()})
+    seconds = {stage: round(value, 3) for stage, value in seconds.items()}
+    _report(options, pipeline, result, outputs, previews, provenance, seconds, hint)
 
 
 def _source(path: Path) -> tuple[Gaussians, dict]:
@@ -242,7 +247,7 @@ def _edit(
     return {"init_atlas": atlas, "strength": strength, "mask": mask}, record if len(record) <= _RECORD_LIMIT else ""
 
 
-def _report(options, pipeline, result, outputs, previews, provenance, seconds) -> None:
+def _report(options, pipeline, result, outputs, previews, provenance, seconds, hint) -> None:
     objects = [
         {"output": str(output), "preview": None if preview is None else str(preview), "seed": seed, "gaussians": len(gaussians)}
         for output, preview, seed, gaussians in zip(outputs, previews, result.seeds, result.gaussians, strict=True)
@@ -261,6 +266,7 @@ def _report(options, pipeline, result, outputs, previews, provenance, seconds) -
             "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
             "seconds": seconds,
             "objects": objects,
+            "hint": hint,
             "program_version": provenance["program_version"],
         }
         print(json.dumps(found))

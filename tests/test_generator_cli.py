@@ -228,3 +228,15 @@ def test_help_and_version() -> None:
         assert f"--{option}" in text
     assert "info FILE-or-BUNDLE" in text and "convert IN OUT" in text
     assert subprocess.run([*run, "--version"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.startswith("gaussian-atlas ")
+
+
+def test_what_a_model_does_not_know_is_told_with_known_things_that_mean_alike(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    knows = ("armchair", "bicycle", "couch", "table lamp")
+    model = str(write_tiny_bundle(folder / "knowing", vocabulary=knows))
+    assert main(["a red divan", "--output", "o.ply", "--json", "--model", model, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    hint = json.loads(captured.out)["hint"]
+    assert "not trained on \u201cdivan\u201d" in hint and hint.index("couch") < hint.index("bicycle") and hint in captured.err
+    assert main(["a red armchair", "--output", "o.ply", "--json", "--model", model, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["hint"] == "" and "not trained" not in captured.err

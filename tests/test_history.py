@@ -14,7 +14,7 @@ def history(extension):
 
 @pytest.fixture
 def vocabulary(extension):
-    return extension("blender_addon.vocabulary")
+    return extension("generator.vocabulary")
 
 
 def test_prompts_are_newest_first_once_each_and_bounded(history, tmp_path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bpy
 
+from ...generator import vocabulary
 from ...generator.errors import InputError
-from .. import extension, history, properties, service, vocabulary
+from .. import extension, history, properties, service
 from .common import SidebarPanel, draw_text
 
 _MENU_MAX = 20
