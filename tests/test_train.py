@@ -256,6 +256,21 @@ def test_repainted_variants_say_their_colours_and_are_held_out_with_their_object
     assert len(data.ids) == 240 and len(train | held_out) == 60 and held_out and not train & held_out
 
 
+def test_what_the_evaluation_asks_for_is_not_trained_on():
+    """"a purple barrel" is a fixed prompt: a barrel is painted in every other colour, and a purple one says nothing of its colour."""
+    layout = AtlasLayout.load_default(32)
+    identity = torch.tensor([[1.0, 0, 0, 0]]).repeat(1000, 1)
+    means = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    brown = Gaussians(means, identity, torch.full((1000, 3), 0.01), torch.ones(1000), torch.tensor([[0.45, 0.25, 0.1]]).repeat(1000, 1))
+    preset, record = replace(PRESETS["tiny"], recolour=20), {"id": "barrel-1", "captions": ["barrel", "an old barrel"], "psnr": 30.0}
+    painted = [identifier for identifier, *_ in stages._variants(to_atlas(brown, layout), layout, record, preset)]
+    assert "barrel-1-purple" not in painted and "barrel-1-green" in painted
+    purple = to_atlas(recolour(brown, "brown", "purple"), layout)
+    assert dominant_colour(from_atlas(purple, layout)) == "purple"
+    _, _, original = next(stages._variants(purple, layout, record, preset))
+    assert original["captions"] == ["barrel", "an old barrel"]
+
+
 def test_presets_are_consistent():
     assert PRESETS["paper"].finetune.fold == 1 and PRESETS["paper"].size == 128, "the paper's plain 128 x 128 input"
     assert PRESETS["paper"].finetune.text_dropout == 0.2 and PRESETS["paper"].finetune.learning_rate == 5e-5

@@ -285,12 +285,15 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
 
     Transport looks at positions alone, so a repainted object keeps its cells.
     """
+    from .evaluate.prompts import gives_away
+
     gaussians = from_atlas(original, layout)
     colour = captions.dominant_colour(gaussians)
     plain = record["captions"]
     own = [with_colour(caption, colour) for caption in plain] if colour else []
     identifier = record["id"]
-    yield identifier, original, {**record, "object": identifier, "colour": colour or "", "captions": list(dict.fromkeys(plain + own))}
+    told = [caption for caption in dict.fromkeys(plain + own) if not gives_away(caption)] or plain[:1]
+    yield identifier, original, {**record, "object": identifier, "colour": colour or "", "captions": told}
     keeps = preset.never_recolour and re.search(rf"\b(?:{preset.never_recolour})\b", plain[0])
     if not colour or keeps:
         return
@@ -301,6 +304,9 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
     random.Random(identifier).shuffle(others)
     for target in others[: preset.recolour]:
         named = list(dict.fromkeys(text for caption in plain if (text := recoloured(caption, colour, target))))
+        # What the evaluation asks for stays unseen.
+        if any(map(gives_away, named)):
+            continue
         painted = pack_atlas(captions.recolour(gaussians, colour, target), layout, original.spec)
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 

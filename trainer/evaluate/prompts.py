@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from generator.errors import InputError
@@ -41,10 +42,33 @@ def plain_noun(text: str) -> str:
 
 
 def fixed_prompts() -> list[Prompt]:
-    """106 prompts of the starter's vocabulary, none of them a caption that it was trained on: 74 things in a colour that no training
-    object of that name has, 20 of a material, 12 in other words."""
+    """106 prompts of the starter's vocabulary, none of them a caption that anything is trained on (see `gives_away`): 74 things, each in
+    a colour that no training object of that name is said to have, 20 of a material, 12 in other words."""
     with open(FIXED, newline="", encoding="utf-8") as file:
         return [Prompt(row["prompt"], row["kind"], row["noun"]) for row in csv.DictReader(file)]
+
+
+def gives_away(caption: str) -> bool:
+    """Whether training on a caption would give a fixed prompt away: it is one, or names the colour and the thing of one.
+
+    >>> gives_away("a comfortable red japanese lantern"), gives_away("a japanese lantern"), gives_away("a wooden armchair")
+    (True, False, True)
+    """
+    texts, things = _reserved()
+    caption = caption.lower().replace(",", " ")
+    colour = named_colour(caption)
+    words = f" {plain_noun(caption)} "
+    return caption in texts or any(f" {noun} " in words for noun in things.get(colour, ()))
+
+
+@cache
+def _reserved() -> tuple[frozenset[str], dict[str, list[str]]]:
+    """Texts of the fixed prompts, and the things that they name in each colour."""
+    things: dict[str, list[str]] = {}
+    for prompt in fixed_prompts():
+        if prompt.colour:
+            things.setdefault(prompt.colour, []).append(prompt.noun)
+    return frozenset(prompt.text for prompt in fixed_prompts()), things
 
 
 def own_prompts(texts: Iterable[str]) -> list[Prompt]:
