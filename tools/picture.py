@@ -17,9 +17,12 @@ from generator.atlas import morph  # noqa: E402
 from generator.model.pipeline import GaussianAtlasPipeline  # noqa: E402
 from generator.render import Cameras, render, save_png  # noqa: E402
 
-PROMPTS = (
-    "an armchair", "a red armchair", "a lamp", "a car", "a blue car", "a plant",
-    "a bed", "a table", "a sofa", "a bookcase", "a vase", "a horse",
+# Chosen before anything was drawn, and not changed since.
+GALLERY = (
+    "an armchair", "a red armchair", "a wooden chair", "a stool", "a sofa", "a leather sofa",
+    "a bed", "a table", "a desk", "a bookcase", "a wardrobe", "a lamp",
+    "a street lamp", "a plant", "a christmas tree", "a vase", "a cup", "a car",
+    "a blue car", "a bicycle", "a horse", "a teddy bear", "a guitar", "a piano",
 )  # fmt: skip
 COLUMNS = 6
 SIZE, SMALL = 256, 160  # pixels, side of one picture
@@ -35,8 +38,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def starter(pipeline: GaussianAtlasPipeline) -> torch.Tensor:
-    """Seed 0 of each of PROMPTS."""
-    pictures = [_draw(pipeline(prompt, seed=0).gaussians[0], SIZE) for prompt in PROMPTS]
+    """Seed 0 of each of GALLERY."""
+    pictures = [_draw(pipeline(prompt, seed=0).gaussians[0], SIZE) for prompt in GALLERY]
     return torch.cat([torch.cat(pictures[start : start + COLUMNS], dim=1) for start in range(0, len(pictures), COLUMNS)])
 
 
