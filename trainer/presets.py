@@ -156,7 +156,8 @@ EVERYDAY = replace(
     include="",
     exclude=_UNUSABLE,
     never_recolour=_NATURAL,
-    finetune=replace(STARTER.finetune, validation_share=0.1),
+    finetune=replace(STARTER.finetune, wrap=2, validation_share=0.1),
+    version="0.2.0",
 )
 
 PRESETS = {
