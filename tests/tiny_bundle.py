@@ -82,7 +82,9 @@ def normalization(layout_id: str | None = None) -> Normalization:
 def write_tiny_bundle(directory: Path, **changes) -> Path:
     """Save the tiny model; `changes` replace arguments of save_bundle, or keys of its info."""
     info = INFO | {
-        key: changes.pop(key) for key in list(changes) if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance", "wrap")
+        key: changes.pop(key)
+        for key in list(changes)
+        if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance", "wrap", "coverage")
     }
     parts = {
         "unet": tiny_unet(CHANNELS * info["fold"] ** 2),

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ import torch
 
 from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, NormalScoresAccumulator, from_atlas
 from generator.atlas import pack as pack_atlas
+from generator.coverage import coverage
 from generator.errors import InputError, WorkError
 from generator.files import replacing
 from generator.formats import load, save
@@ -421,7 +423,7 @@ def pack(preset: Preset, run: Path) -> None:
     if not found:
         raise InputError(f"no checkpoint in {run / 'finetune'}: run `python -m trainer finetune` first")
     encoder = text_encoder_of(preset.finetune)
-    normalization = _normalization(run)
+    normalization, layout = _normalization(run), AtlasLayout.load_default(preset.size, preset.projection)
     unet = trained_unet(preset.finetune, found[-1], encoder.width)
     step = json.loads((found[-1] / "state.json").read_text())["step"]
     everything = [sample for sample, _ in dataset.read_shards(run / "shards")]
@@ -450,6 +452,7 @@ def pack(preset: Preset, run: Path) -> None:
         "wrap": config.wrap,
         # Imported fits were not made through the low-pass of our views.
         "low_pass": round(preset.views.low_pass, 6) if psnrs else 0.0,
+        "coverage": round(_coverage(samples, layout), 3),
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
         "inference": {"dtype": "auto"},
     }
@@ -460,13 +463,19 @@ def pack(preset: Preset, run: Path) -> None:
         unet=unet,
         scheduler_config=scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr),
         text_encoder=encoder,
-        layout=AtlasLayout.load_default(preset.size, preset.projection),
+        layout=layout,
         normalization=normalization,
         channels=samples[0].spec,
         info=info,
         files={"CREDITS.md": _credits(samples).encode()},
     )
     _say(f"pack: {run / 'bundle'}, step {step}, {len(samples)} objects")
+
+
+def _coverage(samples: list[dataset.Sample], layout: AtlasLayout, most: int = 100) -> float:
+    """How far the splats of some training objects reach towards their neighbours: the median over objects."""
+    chosen = samples[:: max(1, len(samples) // most)]
+    return statistics.median(coverage(from_atlas(Atlas(sample.values, layout.id, sample.spec), layout)) for sample in chosen)
 
 
 def _base_record(config: FinetuneConfig) -> dict | str:

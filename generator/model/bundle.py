@@ -111,6 +111,7 @@ def save_bundle(
         scheduler_config: arguments of DPMSolverMultistepScheduler.
         info: JSON values: name, version, licence, trained_on (required), and for instance fold, wrap, vocabulary, metrics,
             defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto"}),
+            low_pass (object units by which generated Gaussians are wider), coverage (what gaps are closed to, see `generator.coverage`),
             distilled_guidance (of a network that takes guidance of 1 to this as an input).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization, from_atlas, in_cells, pack
+from ..coverage import close_gaps
 from ..errors import Cancelled, InputError, WorkError
 from ..gaussians import Gaussians
 from .bundle import find_bundle, load_bundle, save_bundle
@@ -238,7 +239,7 @@ class GaussianAtlasPipeline:
             started = time.perf_counter()
             atlases = self._decode(latents, source)
             output.atlases.extend(atlases)
-            output.gaussians.extend(self._gaussians(atlas) for atlas in atlases)
+            output.gaussians.extend(self._gaussians(atlas, source) for atlas in atlases)
             seconds["decode"] += time.perf_counter() - started
         return output
 
@@ -327,7 +328,7 @@ class GaussianAtlasPipeline:
                 estimate = scheduler.model_outputs[-1]
                 report(
                     index + 1,
-                    lambda estimate=estimate: [self._gaussians(atlas) for atlas in self._decode(unfold(estimate, factor), source)],
+                    lambda estimate=estimate: [self._gaussians(atlas, source) for atlas in self._decode(unfold(estimate, factor), source)],
                 )
         _stop_if(cancel)
         if not bool(torch.isfinite(latents).all()):
@@ -378,14 +379,17 @@ class GaussianAtlasPipeline:
             ordered = ordered.replace(scales=squares.sqrt().clamp_min(self.channels.min_scale).float())
         return pack(ordered, self.layout, self.channels)
 
-    def _gaussians(self, atlas: Atlas) -> Gaussians:
-        """The Gaussians of a generated atlas, each widened by the low-pass that it was learned under.
+    def _gaussians(self, atlas: Atlas, source: Source | None = None) -> Gaussians:
+        """The Gaussians of a generated atlas, each widened by the low-pass that it was learned under, gaps between new ones closed.
 
         A fit sees its splats through the renderer's low-pass of 0.3 pixels squared, at the size of its views. Drawn larger, they would
         leave gaps; with that filter as part of them they look at any size as they did at the fit's (Mip-Splatting, Yu et al. 2024).
         """
         gaussians = from_atlas(atlas, self.layout)
-        return gaussians.replace(scales=torch.sqrt(gaussians.scales**2 + self.low_pass**2)) if self.low_pass else gaussians
+        if self.low_pass:
+            gaussians = gaussians.replace(scales=torch.sqrt(gaussians.scales**2 + self.low_pass**2))
+        mask = None if source is None or source.mask is None else source.mask.flatten()
+        return close_gaps(gaussians, float(self.info.get("coverage", 0.0)), mask)
 
 
 @dataclass(frozen=True)
