@@ -36,9 +36,8 @@ def test_splats_that_became_too_small_cover_the_surface_again():
     holed = whole.replace(scales=whole.scales * torch.cat((factor, torch.ones_like(factor), factor), 1))
     closed = close_gaps(holed, share)
     camera = Cameras.orbit(8, 256)[:1]
-    least = {
-        name: render(g, camera).alpha[0, 96:160, 96:160].min().item() for name, g in (("whole", whole), ("holed", holed), ("closed", closed))
-    }
+    objects = {"whole": whole, "holed": holed, "closed": closed}
+    least = {name: render(each, camera).alpha[0, 96:160, 96:160].min().item() for name, each in objects.items()}
     assert least["holed"] < 0.7 * least["whole"] and least["closed"] > 0.95 * least["whole"]
     assert torch.equal(closed.scales[:, 1], holed.scales[:, 1]), "a sheet stays as thin as it was"
     assert (closed.scales >= holed.scales).all()
