@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from generator.atlas import Atlas, AtlasLayout, NormalizationAccumulator, from_atlas
+from generator.coverage import close_gaps
 from generator.errors import InputError
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
@@ -87,7 +88,9 @@ def test_the_bundle_generates_and_says_what_it_is(run):
     assert len(out.gaussians[0]) == 32 * 32 and out.gaussians[0].finite().all()
     low_pass = pipeline.info["low_pass"]
     raw = from_atlas(out.atlases[0], pipeline.layout)
-    torch.testing.assert_close(out.gaussians[0].scales ** 2, raw.scales**2 + low_pass**2)
+    assert 0.1 < pipeline.info["coverage"] < 2, "how far the splats of the fits reach towards their neighbours"
+    widened = close_gaps(raw.replace(scales=torch.sqrt(raw.scales**2 + low_pass**2)), pipeline.info["coverage"])
+    torch.testing.assert_close(out.gaussians[0].scales, widened.scales)
     focal = 48 / 2 / math.tan(math.radians(39.6) / 2)
     assert low_pass == pytest.approx(0.3**0.5 * 1.9 / focal, rel=1e-3), "the renderer's filter of 0.3 pixels squared at 48 pixels"
     assert pipeline.info["trained_on"]["objects"] == 3 and pipeline.info["fold"] == 2
