@@ -17,7 +17,7 @@ from generator.atlas import morph  # noqa: E402
 from generator.model.pipeline import GaussianAtlasPipeline  # noqa: E402
 from generator.render import Cameras, render, save_png  # noqa: E402
 
-# Chosen before anything was drawn, and not changed since.
+# Chosen beforehand; nothing is selected.
 GALLERY = (
     "an armchair", "a red armchair", "a wooden chair", "a stool", "a sofa", "a leather sofa",
     "a bed", "a table", "a desk", "a bookcase", "a wardrobe", "a lamp",
