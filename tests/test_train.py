@@ -24,7 +24,7 @@ from trainer import stages
 from trainer.atlas import to_atlas
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
-from trainer.presets import PRESETS
+from trainer.presets import PRESETS, following_base
 from trainer.sources import SourceObject, with_article
 from trainer.training_data import from_shards
 
@@ -159,6 +159,32 @@ def test_guidance_is_distilled_into_a_bundle(run, tmp_path):
     assert batches == [1, 1]
 
 
+def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(run / "shards", own / "shards")
+    preset = PRESETS["tiny"]
+    changes = {"max_steps": 2, "decay_steps": 0, "warmup_steps": 0, "batch_size": 2, "mixed_precision": "no", "prior": True}
+    preset = replace(preset, finetune=replace(preset.finetune, base=str(run / "bundle"), **changes), prompts=("a plank",), steps=2)
+    with pytest.raises(InputError, match="python -m trainer stats"):
+        (own / "normalization.safetensors").write_bytes((run / "normalization.safetensors").read_bytes())
+        stages.finetune(preset, own)
+    for stage in (stages.stats, stages.finetune, stages.pack):
+        stage(preset, own)
+    pipeline = GaussianAtlasPipeline.from_pretrained(own / "bundle", device="cpu")
+    assert pipeline("a plank", num_inference_steps=2).gaussians[0].finite().all()
+    data = stages.training_data(preset, own)
+    values = data.atlases[list(range(len(data.atlases)))]
+    known = data.prior.filter(values[:1], torch.zeros(1), torch.ones(1))
+    torch.testing.assert_close(known.error[0, :, 0, 0], values.square().mean((0, 2, 3)).sqrt(), atol=1e-3, rtol=1e-2)
+    assert torch.equal(pipeline.prior.covariance, data.prior.covariance)
+    further = following_base(replace(PRESETS["tiny"], finetune=replace(preset.finetune, base=str(own / "bundle"), prior=False)))
+    shutil.copytree(run / "shards", tmp_path / "further" / "shards")
+    stages.stats(further, tmp_path / "further")
+    assert further.finetune.prior and torch.equal(
+        stages.training_data(further, tmp_path / "further").prior.covariance, data.prior.covariance
+    )
+
+
 def test_stages_that_come_too_early_say_what_to_run(tmp_path):
     for stage, missing in (("fit", "views"), ("atlas", "fit"), ("stats", "atlas"), ("finetune", "stats"), ("pack", "finetune")):
         result = trainer(stage, "--preset", "tiny", "--runs", str(tmp_path))
@@ -260,7 +286,7 @@ def test_repainted_variants_say_their_colours_and_are_held_out_with_their_object
 
 
 def test_what_the_evaluation_asks_for_is_not_trained_on():
-    """"a purple barrel" is a fixed prompt: a barrel is painted in every other colour, and a purple one says nothing of its colour."""
+    """ "a purple barrel" is a fixed prompt: a barrel is painted in every other colour, and a purple one says nothing of its colour."""
     layout = AtlasLayout.load_default(32)
     identity = torch.tensor([[1.0, 0, 0, 0]]).repeat(1000, 1)
     means = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0)) - 0.5

@@ -64,6 +64,7 @@ class FinetuneConfig:
     lora_rank: int = 0  # above 0 only low-rank additions to the attention are trained (Hu et al. 2021)
     fold: int = 1  # cells per side folded into channels: 1 is the paper's plain input, more is cheaper
     wrap: int = 0  # columns of the folded image seen again beyond the left and the right border, where an atlas comes round
+    prior: bool = False  # the network corrects the estimate of a Gaussian with the atlases' covariance (`generator.model.prior`)
     prediction_type: str = "v_prediction"  # or what the network gives: the clean atlas ("sample") or the noise ("epsilon"); one loss
     shift: float = 1.0  # divides the signal-to-noise ratio by its square; above 1 trains more on the coarse shape
     zero_terminal_snr: bool = True  # the last timestep is pure noise, as at sampling
@@ -102,6 +103,8 @@ class FinetuneConfig:
             raise InputError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction_type!r}")
         if self.prediction_type == "epsilon" and self.zero_terminal_snr:
             raise InputError("prediction_type epsilon says nothing of the atlas where all is noise: set zero_terminal_snr to False")
+        if self.prior and self.prediction_type != "sample":
+            raise InputError(f"with prior the network gives the clean atlas: prediction_type must be sample, got {self.prediction_type!r}")
         if self.mixed_precision not in ("auto", "bf16", "no"):
             raise InputError(f"mixed_precision must be auto, bf16 or no, got {self.mixed_precision!r}")
         if self.distill_guidance and not (self.distill_guidance > 1 and self.base and not self.lora_rank):
@@ -185,6 +188,9 @@ class Trainer:
         self.train_rows, self.validation_rows = data.split(config.validation_share)
         weights = torch.tensor(config.channel_weights).repeat_interleave(4) if data.channels == CHANNELS else torch.ones(data.channels)
         self.channel_weights = (weights / weights.mean()).reshape(1, -1, 1, 1).to(self.device)
+        if config.prior and data.prior is None:
+            raise InputError("a network that corrects a prior needs that of the atlases")
+        self.prior = data.prior.to(self.device) if config.prior else None
         self.render_loss = None
         if config.renders:
             if data.decoding is None:
@@ -231,13 +237,15 @@ class Trainer:
         alpha = self.alphas[timesteps].sqrt().reshape(-1, 1, 1, 1)
         sigma = (1 - self.alphas[timesteps]).sqrt().reshape(-1, 1, 1, 1)
         noisy = alpha * clean + sigma * noise
-        image = wrap(fold(noisy, config.fold), config.wrap).contiguous(memory_format=self.memory_format)
+        known = None if self.prior is None else self.prior.filter(noisy, alpha, sigma)
+        image = wrap(fold(noisy if known is None else known.image, config.fold), config.wrap).contiguous(memory_format=self.memory_format)
         inputs = {"encoder_hidden_states": text, "return_dict": False}
         if self.teacher is not None:
             inputs["timestep_cond"] = embed_guidance(guidance, self.unet.config.time_cond_proj_dim)
         with self._autocast():
             output = (model or self.unet)(image, timesteps, **inputs)[0]
         output = unfold(unwrap(output.float(), config.wrap), config.fold)
+        output = output if known is None else known.corrected(output)
         if config.prediction_type == "v_prediction":
             target, weight = alpha * noise - sigma * clean, torch.ones_like(sigma)
         elif config.prediction_type == "sample":
@@ -248,6 +256,7 @@ class Trainer:
             target, weight = noise, 1 / alpha.square().clamp_min(0.1)
         if self.teacher is not None:
             target = self._taught(image, timesteps, text, guidance)
+            target = target if known is None else known.corrected(target)
             clean = clean_estimate(target, noisy, alpha, sigma, config.prediction_type)
         if config.min_snr_gamma:
             snr = alpha.square() / sigma.square().clamp_min(1e-8)
@@ -507,6 +516,8 @@ def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS
             raise InputError(f"base {config.base!r} is distilled: go on from the model that it was distilled from")
         if base.bundle and config.distill_guidance and config.wrap != base.bundle.wrap:
             raise InputError(f"base {config.base!r} was trained with wrap {base.bundle.wrap}: what is distilled from it needs the same")
+        if base.bundle and config.distill_guidance and config.prior != (base.bundle.prior is not None):
+            raise InputError(f"base {config.base!r} corrects {'a' if base.bundle.prior else 'no'} prior: so must what is distilled from it")
         if not base.bundle and config.distill_guidance:
             raise InputError(f"base {config.base!r} is a 2D model: only guidance of a bundle can be distilled")
         if not base.bundle and config.fold != 1:
@@ -535,9 +546,9 @@ def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
     if found is None:
         raise InputError(f"base {config.base!r} was trained with a noise schedule that cannot be gone on with")
     prediction = bundle.scheduler_config["prediction_type"]
-    # A network learns to see beyond the borders in few steps, and what it has learned to see it keeps.
-    wrapped = config.wrap or bundle.wrap
-    return replace(config, fold=bundle.fold, wrap=wrapped, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
+    # A network learns in few steps to see beyond the borders, or to correct a prior, and what it has learned it keeps.
+    kept = {"wrap": config.wrap or bundle.wrap, "prior": config.prior or bundle.prior is not None}
+    return replace(config, **kept, fold=bundle.fold, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
 
 
 def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS):

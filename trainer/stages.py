@@ -34,6 +34,7 @@ from generator.coverage import coverage
 from generator.errors import InputError, WorkError
 from generator.files import replacing
 from generator.formats import load, save
+from generator.model.prior import AtlasPrior, PriorAccumulator
 from generator.model.text import TextEncoder
 
 from . import captions, dataset
@@ -48,6 +49,7 @@ from .training_data import TrainingData, from_shards
 if TYPE_CHECKING:
     from generator.model.pipeline import GaussianAtlasPipeline
 
+_PRIOR = "prior.safetensors"
 _EVALUATION_VIEWS = 4  # a first look: the paper's 10 take longer than a tiny model's training may
 
 # What of a fit's JSON goes into its record.
@@ -325,7 +327,10 @@ def _is_current(path: Path, fit_path: Path, layout: AtlasLayout, channels: Chann
 
 
 def stats(preset: Preset, run: Path) -> None:
-    """Mean and deviation of every cell over the shards, if wanted of its normal scores; of a bundle that is gone on from its own."""
+    """Mean and deviation of every cell over the shards, if wanted of its normal scores; of a bundle that is gone on from its own.
+
+    And the covariance of what they normalise, where the network is to correct its estimate.
+    """
     scores = None
     bundle = load_base(preset.finetune.base).bundle if preset.finetune.base and not preset.relearn else None
     if bundle:
@@ -333,6 +338,8 @@ def stats(preset: Preset, run: Path) -> None:
             if (layout_id, sample.spec) != (bundle.layout.id, bundle.channels):
                 raise InputError(f"{sample.id} has another layout or other channels than {bundle.name}: make the atlases with its settings")
         bundle.normalization.save(run / "normalization.safetensors")
+        if preset.finetune.prior:
+            (bundle.prior or _prior_of(run, bundle.normalization)).save(run / _PRIOR)
         _say(f"stats: those of {bundle.name}, which is gone on from")
         return
     if preset.normal_scores:
@@ -344,8 +351,18 @@ def stats(preset: Preset, run: Path) -> None:
     for sample, layout_id in dataset.read_shards(run / "shards"):
         accumulator = accumulator or NormalizationAccumulator(layout_id, scores)
         accumulator.update(sample.values)
-    accumulator.result(preset.normalization).save(run / "normalization.safetensors")
+    normalization = accumulator.result(preset.normalization)
+    normalization.save(run / "normalization.safetensors")
+    if preset.finetune.prior:
+        _prior_of(run, normalization).save(run / _PRIOR)
     _say(f"stats: mean and deviation of {accumulator.count} atlases, for every {preset.normalization}")
+
+
+def _prior_of(run: Path, normalization: Normalization) -> AtlasPrior:
+    accumulator = PriorAccumulator(normalization.layout_id)
+    for sample, _ in dataset.read_shards(run / "shards"):
+        accumulator.update(normalization.normalize(sample.values)[None])
+    return accumulator.result()
 
 
 def finetune(preset: Preset, run: Path) -> None:
@@ -377,7 +394,7 @@ def pretrain(preset: Preset, run: Path) -> None:
 def training_data(preset: Preset, run: Path) -> TrainingData:
     """The shards, normalised as they are read, with the text features of their captions."""
     layout = AtlasLayout.load_default(preset.size, preset.projection)
-    return from_shards(run / "shards", _normalization(run), text_encoder_of(preset.finetune), layout)
+    return from_shards(run / "shards", _normalization(run), text_encoder_of(preset.finetune), layout, _prior(preset, run))
 
 
 def text_encoder_of(config: FinetuneConfig) -> TextEncoder:
@@ -400,7 +417,7 @@ def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtla
     info = {"fold": config.fold, "wrap": config.wrap, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
     parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
-        yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts)
+        yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts, prior=trainer.prior)
 
 
 def _picture(preset: Preset, trainer: Trainer) -> torch.Tensor:
@@ -468,6 +485,7 @@ def pack(preset: Preset, run: Path) -> None:
         channels=samples[0].spec,
         info=info,
         files={"CREDITS.md": _credits(samples).encode()},
+        prior=_prior(preset, run),
     )
     _say(f"pack: {run / 'bundle'}, step {step}, {len(samples)} objects")
 
@@ -526,6 +544,15 @@ def _normalization(run: Path) -> Normalization:
     if not path.is_file():
         raise InputError(f"{path} is not there: run `python -m trainer stats` first")
     return Normalization.load(path)
+
+
+def _prior(preset: Preset, run: Path) -> AtlasPrior | None:
+    path = run / _PRIOR
+    if not preset.finetune.prior:
+        return None
+    if not path.is_file():
+        raise InputError(f"{path} is not there: run `python -m trainer stats` first")
+    return AtlasPrior.load(path)
 
 
 def _finished(directory: Path, suffix: str, stage: str) -> list[Path]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from generator.atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization
 from generator.errors import InputError
+from generator.model.prior import AtlasPrior
 from generator.model.text import TextEncoder
 
 # Features of all captions are made at once while they fit; beyond, those of each batch.
@@ -63,6 +64,7 @@ class TrainingData:
     unconditional: Tensor  # [L, D] float32, what stands for no prompt
     decoding: Decoding | None = None  # needed by losses on renders
     encoder: TextEncoder | None = field(default=None, compare=False)
+    prior: AtlasPrior | None = field(default=None, compare=False)  # needed where the network corrects its estimate
     channels: int = CHANNELS  # of an atlas; a 2D base has 4
 
     def __post_init__(self) -> None:
@@ -174,7 +176,9 @@ class CaptionFeatures:
         return found
 
 
-def from_shards(directory: str | Path, normalization: Normalization, encoder: TextEncoder, layout: AtlasLayout) -> TrainingData:
+def from_shards(
+    directory: str | Path, normalization: Normalization, encoder: TextEncoder, layout: AtlasLayout, prior: AtlasPrior | None = None
+) -> TrainingData:
     """The training data of a folder of shards.
 
     Raises:
@@ -191,4 +195,5 @@ def from_shards(directory: str | Path, normalization: Normalization, encoder: Te
         encoder.unconditional(1).hidden[0],
         Decoding(layout, normalization, atlases.spec),
         encoder,
+        prior,
     )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..atlas import CHANNELS, AtlasLayout, ChannelSpec, Normalization
 from ..errors import InputError
 from ..files import replacing_folder
+from .prior import AtlasPrior
 from .text import TextEncoder, sha256
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _TEXT_ENCODER = "text_encoder"
 _LAYOUT = "atlas/layout.safetensors"
 _NORMALIZATION = "atlas/normalization.safetensors"
 _CHANNELS = "atlas/channels.json"
+_PRIOR = "atlas/prior.safetensors"
 _NEEDED = (_UNET_CONFIG, _UNET_WEIGHTS, _SCHEDULER, f"{_TEXT_ENCODER}/config.json", _LAYOUT, _NORMALIZATION, _CHANNELS)
 
 
@@ -56,6 +58,7 @@ class Bundle:
     text_encoder: TextEncoder
     unet_config: dict  # arguments of UNet2DConditionModel
     scheduler_config: dict  # arguments of DPMSolverMultistepScheduler
+    prior: AtlasPrior | None = None  # whose estimate the network corrects; None where it sees and paints atlases themselves
 
     @property
     def name(self) -> str:
@@ -103,6 +106,7 @@ def save_bundle(
     info: dict,
     files: dict[str, bytes] | None = None,
     dtype: torch.dtype = torch.float16,
+    prior: AtlasPrior | None = None,
 ) -> Path:
     """Write a bundle, replacing one that was there; a failure leaves the old one.
 
@@ -115,6 +119,7 @@ def save_bundle(
             distilled_guidance (of a network that takes guidance of 1 to this as an input).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.
+        prior: whose estimate the network corrects, where it was trained so.
 
     Raises:
         InputError: the parts do not fit each other, something required is missing, or the folder cannot be written.
@@ -127,6 +132,7 @@ def save_bundle(
         raise InputError(f"bundle info must not set {', '.join(taken)}")
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     _check_parts(Path(directory), unet_config, layout, normalization, info)
+    _check_prior(Path(directory), prior, layout, scheduler_config)
     with replacing_folder(directory) as folder:
         for name in (_UNET_CONFIG, _SCHEDULER, _LAYOUT):
             (folder / name).parent.mkdir()
@@ -142,6 +148,8 @@ def save_bundle(
         layout.save(folder / _LAYOUT)
         normalization.save(folder / _NORMALIZATION)
         (folder / _CHANNELS).write_text(channels.to_json(), encoding="utf-8")
+        if prior is not None:
+            prior.save(folder / _PRIOR)
         _write_json(
             folder / "model_index.json",
             {
@@ -196,21 +204,22 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
     layout = AtlasLayout.load(directory / _LAYOUT)
     normalization = Normalization.load(directory / _NORMALIZATION)
     channels = ChannelSpec.from_json(_read_text(directory / _CHANNELS))
+    prior = AtlasPrior.load(directory / _PRIOR) if _PRIOR in info["files"] else None
     unet_config = {key: value for key, value in _read_json(directory / _UNET_CONFIG).items() if not key.startswith("_")}
     scheduler_config = _read_json(directory / _SCHEDULER)
     if scheduler_config.get("_class_name", "DPMSolverMultistepScheduler") != "DPMSolverMultistepScheduler":
         raise InputError(f"{directory / _SCHEDULER}: the scheduler must be DPMSolverMultistepScheduler")
     scheduler_config = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
     _check_parts(directory, unet_config, layout, normalization, info)
+    _check_prior(directory, prior, layout, scheduler_config)
     if info.get("atlas", {}).get("layout_id") != layout.id:
         raise InputError(f"{directory}: bundle.json names the layout {info.get('atlas', {}).get('layout_id')}, its atlas has {layout.id}")
     text_encoder = TextEncoder.load(directory / _TEXT_ENCODER, verify)
     width = unet_config.get("cross_attention_dim")
     if width != text_encoder.width:
         raise InputError(f"{directory}: the network attends to text of width {width}, the encoder gives {text_encoder.width}")
-    return Bundle(
-        directory, info, sha256(directory / _BUNDLE), layout, normalization, channels, text_encoder, unet_config, scheduler_config
-    )
+    named = sha256(directory / _BUNDLE)
+    return Bundle(directory, info, named, layout, normalization, channels, text_encoder, unet_config, scheduler_config, prior)
 
 
 def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: list[str] | None = None) -> Path:
@@ -265,6 +274,16 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
     inference = info.get("inference", {})
     if not isinstance(inference, dict) or inference.get("dtype", "auto") not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"{directory}: inference.dtype must be auto, float32, bfloat16 or float16")
+
+
+def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict) -> None:
+    if prior is None:
+        return
+    if (prior.layout_id, prior.size) != (layout.id, layout.size):
+        theirs = f"layout {prior.layout_id} of {prior.size} cells a side"
+        raise InputError(f"{directory}: the prior was computed for {theirs}, the atlas has {layout.id} of {layout.size}")
+    if scheduler_config.get("prediction_type") != "sample":
+        raise InputError(f"{directory}: a network that corrects a prior gives the clean atlas: prediction_type must be sample")
 
 
 def _check_file(directory: Path, name: str, entry: object, verify: bool) -> None:

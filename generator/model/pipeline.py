@@ -28,6 +28,7 @@ from .bundle import find_bundle, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
+from .prior import AtlasPrior
 from .text import TextEncoder
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class GaussianAtlasPipeline:
         scheduler: DPMSolverMultistepScheduler; its configuration says what the network predicts.
         info: what bundle.json says: name, version, fold, defaults, ...
         model_hash: SHA-256 that names the model, for provenance.
+        prior: whose estimate of the clean atlas the network corrects; None where it sees and predicts what the solver works with.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class GaussianAtlasPipeline:
         channels: ChannelSpec,
         info: dict,
         model_hash: str = "",
+        prior: AtlasPrior | None = None,
     ) -> None:
         self.memory_format = fast_layout(unet.device, unet.dtype)
         self.unet = unet.to(memory_format=self.memory_format)
@@ -84,6 +87,7 @@ class GaussianAtlasPipeline:
         self.channels = channels
         self.info = info
         self.model_hash = model_hash
+        self.prior = None if prior is None else prior.to(unet.device)
         self.load_seconds = 0.0
 
     @classmethod
@@ -119,7 +123,8 @@ class GaussianAtlasPipeline:
             scheduler = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise InputError(f"{bundle.directory}: the scheduler configuration is not usable: {error}") from error
-        pipeline = cls(unet, scheduler, bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash)
+        parts = (bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash, bundle.prior)
+        pipeline = cls(unet, scheduler, *parts)
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
 
@@ -127,7 +132,8 @@ class GaussianAtlasPipeline:
         """Write the pipeline as a bundle, its weights as float16; raises what `save_bundle` raises."""
         config = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
         info = {key: value for key, value in self.info.items() if key not in ("format", "atlas", "files")}
-        return save_bundle(directory, self.unet, config, self.text_encoder, self.layout, self.normalization, self.channels, info)
+        parts = (self.text_encoder, self.layout, self.normalization, self.channels, info)
+        return save_bundle(directory, self.unet, config, *parts, prior=self.prior)
 
     @property
     def name(self) -> str:
@@ -275,18 +281,25 @@ class GaussianAtlasPipeline:
         # Whatever is the same in every step is made here. The network's dtype is one of these: to tell it, it looks through all its parts.
         texts = [positive] + ([] if mix is None else [mix.text]) + ([] if negative is None else [negative])
         text = torch.cat([each.expand_as(positive) for each in texts])
-        count, dtype, columns = len(texts), self.unet.dtype, int(self.info.get("wrap", 0))
+        count, dtype = len(texts), self.unet.dtype
+        columns, factor = int(self.info.get("wrap", 0)), int(self.info.get("fold", 1))
         inputs = {"encoder_hidden_states": text, "return_dict": False}
         if self.distilled_guidance:
             scales = torch.full((len(text),), max(float(guidance), 1.0) if negative is None else 1.0)
             inputs["timestep_cond"] = embed_guidance(scales, self.unet.config.time_cond_proj_dim).to(text)
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            known = None
+            if self.prior is not None:
+                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep))
+                latents = fold(known.image, factor)
             batch = wrap(torch.cat([latents] * count), columns).to(dtype).contiguous(memory_format=self.memory_format)
             predictions = list(unwrap(self.unet(batch, timestep, **inputs)[0].float(), columns).chunk(count))
             without = None if negative is None else predictions.pop()
             found = predictions[0] if mix is None else torch.lerp(*predictions, mix.weight)
-            return found if without is None else without + guidance * (found - without)
+            found = found if without is None else without + guidance * (found - without)
+            # All of them correct the same estimate, so what was done to the corrections was done to the estimates.
+            return found if known is None else fold(known.corrected(unfold(found, factor)), factor)
 
         return predict
 
