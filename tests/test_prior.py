@@ -16,7 +16,7 @@ from generator.errors import InputError
 from generator.model.bundle import load_bundle
 from generator.model.folding import fold
 from generator.model.pipeline import GaussianAtlasPipeline
-from generator.model.prior import AtlasPrior, PriorAccumulator
+from generator.model.prior import AtlasPrior, PriorAccumulator, damping
 from generator.tensors import save_tensors
 from tests.test_finetune import CONFIG, data
 from tests.test_pipeline import ExactUNet, exact_pipeline
@@ -142,11 +142,11 @@ class Clean(ExactUNet):
         return ((self.clean * (1 + encoder_hidden_states[:, :1, :1, None])).expand_as(x),)
 
 
-def correcting(kind: type[ExactUNet]) -> GaussianAtlasPipeline:
-    pipeline = exact_pipeline("sample", factor=2)
-    pipeline.unet = kind(pipeline.unet.clean, pipeline.scheduler, "sample")
-    pipeline.prior = random_prior(32)
-    return pipeline
+def correcting(kind: type[ExactUNet], info: dict | None = None) -> GaussianAtlasPipeline:
+    exact = exact_pipeline("sample", factor=2)
+    unet = kind(exact.unet.clean, exact.scheduler, "sample")
+    parts = (exact.text_encoder, exact.layout, exact.normalization, exact.channels, exact.info | (info or {}))
+    return GaussianAtlasPipeline(unet, exact.scheduler, *parts, prior=random_prior(32))
 
 
 def test_a_network_that_corrects_nothing_samples_from_the_prior():
@@ -162,6 +162,29 @@ def test_a_network_that_corrects_nothing_samples_from_the_prior():
     for low, high in ((0, 4), (4, 16)):
         ratio = found[low:high, low // 2 : high // 2].mean((0, 1)).diag() / wanted[low:high, low // 2 : high // 2].mean((0, 1)).diag()
         assert ((ratio - 1).abs() < 0.25).all(), (low, ratio)
+
+
+def test_less_may_be_expected_of_fine_structure():
+    prior = random_prior(16)
+    factors = damping(16, above=2.0, variance=0.25)
+    # Two turns round, or four half turns from pole to pole, and no more.
+    assert factors[0, :4].tolist() == [1, 1, 1, 0.25] and factors[:6, 0].tolist() == [1, 1, 1, 1, 1, 0.25] and factors[4, 1] == 0.25
+    x = torch.randn(2, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1))
+    alpha, sigma = torch.tensor(0.6), torch.tensor(0.8)
+    plain, damped = prior.filter(x, alpha, sigma), prior.filter(x, alpha, sigma, factors)
+    other = AtlasPrior(prior.covariance * factors[..., None, None], "some").filter(x, alpha, sigma)
+    torch.testing.assert_close(damped.mean, other.mean, atol=1e-5, rtol=1e-4)
+    assert torch.equal(damped.image, plain.image) and torch.equal(damped.error, plain.error)
+    torch.testing.assert_close(prior.filter(x, alpha, sigma, torch.ones(16, 9)).mean, plain.mean)
+
+
+def test_damped_samples_are_smooth():
+    pipeline = correcting(Silent, {"damping": {"above": 2.0, "variance": 0.0}})
+    values = normalization().normalize(pipeline("a chair", num_inference_steps=10, guidance_scale=1.0).atlases[0].values)[None]
+    accumulator = PriorAccumulator("some")
+    accumulator.update(values)
+    power = accumulator.result().covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert power[damping(32, 2.0, 0.0) == 0].sum() < 0.02 * power.sum()
 
 
 def test_guidance_goes_as_far_with_a_prior_as_without():
@@ -200,6 +223,12 @@ def test_a_prior_that_does_not_belong_is_refused(tmp_path: Path):
         write_tiny_bundle(tmp_path / "bundle", scheduler_config=SAMPLE, prior=random_prior(16, layout_id=layout().id))
     with pytest.raises(InputError, match="prediction_type must be sample"):
         write_tiny_bundle(tmp_path / "bundle", scheduler_config=SCHEDULER, prior=random_prior(32, layout_id=layout().id))
+    for wrong in ({"above": 2.0}, {"above": -1, "variance": 0.5}, {"above": 2.0, "variance": 1.5}, 0.3):
+        with pytest.raises(InputError, match="damping needs a prior, above"):
+            prior = random_prior(32, layout_id=layout().id)
+            write_tiny_bundle(tmp_path / "bundle", scheduler_config=SAMPLE, prior=prior, damping=wrong)
+    with pytest.raises(InputError, match="damping needs a prior"):
+        write_tiny_bundle(tmp_path / "bundle", scheduler_config=SAMPLE, damping={"above": 2.0, "variance": 0.3})
     assert not (tmp_path / "bundle").exists()
 
 

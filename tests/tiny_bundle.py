@@ -84,7 +84,7 @@ def write_tiny_bundle(directory: Path, **changes) -> Path:
     info = INFO | {
         key: changes.pop(key)
         for key in list(changes)
-        if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance", "wrap", "coverage")
+        if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance", "wrap", "coverage", "damping")
     }
     parts = {
         "unet": tiny_unet(CHANNELS * info["fold"] ** 2),

@@ -75,6 +75,8 @@ class Preset:
     prompts: tuple[str, ...] = ("an armchair", "a lamp", "a car", "a plant")  # drawn by the evaluation
     steps: int = 20  # sampling steps of the bundle
     guidance_scale: float = 3.5  # classifier-free guidance of the bundle
+    damping_above: float = 2.0  # frequency, in turns round the atlas, beyond which sampling expects less of the prior than it says
+    damping_variance: float = 1.0  # the share of its variance that is expected there; 1 expects all
     version: str = "0.1.0"  # of the bundle
 
     def __post_init__(self) -> None:

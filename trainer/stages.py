@@ -415,6 +415,7 @@ def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtla
     config, decoding = trainer.config, trainer.data.decoding
     solver = DPMSolverMultistepScheduler.from_config(scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr))
     info = {"fold": config.fold, "wrap": config.wrap, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
+    info |= _damping(preset)
     parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
         yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts, prior=trainer.prior)
@@ -473,6 +474,7 @@ def pack(preset: Preset, run: Path) -> None:
         "defaults": {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale},
         "inference": {"dtype": "auto"},
     }
+    info |= _damping(preset)
     if config.distill_guidance:
         info["distilled_guidance"] = config.distill_guidance
     save_bundle(
@@ -553,6 +555,11 @@ def _prior(preset: Preset, run: Path) -> AtlasPrior | None:
     if not path.is_file():
         raise InputError(f"{path} is not there: run `python -m trainer stats` first")
     return AtlasPrior.load(path)
+
+
+def _damping(preset: Preset) -> dict:
+    damped = preset.finetune.prior and preset.damping_variance < 1
+    return {"damping": {"above": preset.damping_above, "variance": preset.damping_variance}} if damped else {}
 
 
 def _finished(directory: Path, suffix: str, stage: str) -> list[Path]:

@@ -116,7 +116,8 @@ def save_bundle(
         info: JSON values: name, version, licence, trained_on (required), and for instance fold, wrap, vocabulary, metrics,
             defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto"}),
             low_pass (object units by which generated Gaussians are wider), coverage (what gaps are closed to, see `generator.coverage`),
-            distilled_guidance (of a network that takes guidance of 1 to this as an input).
+            distilled_guidance (of a network that takes guidance of 1 to this as an input),
+            damping (of what its prior expects of fine structure, {"above": 2.0, "variance": 0.3}, see `prior.damping`).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.
         prior: whose estimate the network corrects, where it was trained so.
@@ -132,7 +133,7 @@ def save_bundle(
         raise InputError(f"bundle info must not set {', '.join(taken)}")
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     _check_parts(Path(directory), unet_config, layout, normalization, info)
-    _check_prior(Path(directory), prior, layout, scheduler_config)
+    _check_prior(Path(directory), prior, layout, scheduler_config, info)
     with replacing_folder(directory) as folder:
         for name in (_UNET_CONFIG, _SCHEDULER, _LAYOUT):
             (folder / name).parent.mkdir()
@@ -211,7 +212,7 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
         raise InputError(f"{directory / _SCHEDULER}: the scheduler must be DPMSolverMultistepScheduler")
     scheduler_config = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
     _check_parts(directory, unet_config, layout, normalization, info)
-    _check_prior(directory, prior, layout, scheduler_config)
+    _check_prior(directory, prior, layout, scheduler_config, info)
     if info.get("atlas", {}).get("layout_id") != layout.id:
         raise InputError(f"{directory}: bundle.json names the layout {info.get('atlas', {}).get('layout_id')}, its atlas has {layout.id}")
     text_encoder = TextEncoder.load(directory / _TEXT_ENCODER, verify)
@@ -276,7 +277,13 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
         raise InputError(f"{directory}: inference.dtype must be auto, float32, bfloat16 or float16")
 
 
-def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict) -> None:
+def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict, info: dict) -> None:
+    damped = info.get("damping")
+    if damped is not None:
+        values = [damped.get(key) for key in ("above", "variance")] if isinstance(damped, dict) else [None]
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in values)
+        if prior is None or not numbers or values[1] > 1:
+            raise InputError(f"{directory}: damping needs a prior, above (at least 0) and variance (0 to 1), got {damped!r}")
     if prior is None:
         return
     if (prior.layout_id, prior.size) != (layout.id, layout.size):

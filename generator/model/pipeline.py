@@ -28,7 +28,7 @@ from .bundle import find_bundle, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
-from .prior import AtlasPrior
+from .prior import AtlasPrior, damping
 from .text import TextEncoder
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class GaussianAtlasPipeline:
         self.info = info
         self.model_hash = model_hash
         self.prior = None if prior is None else prior.to(unet.device)
+        damped = info.get("damping")
+        self._damping = damping(layout.size, damped["above"], damped["variance"]).to(unet.device) if damped else None
         self.load_seconds = 0.0
 
     @classmethod
@@ -291,7 +293,7 @@ class GaussianAtlasPipeline:
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             known = None
             if self.prior is not None:
-                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep))
+                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep), self._damping)
                 latents = fold(known.image, factor)
             batch = wrap(torch.cat([latents] * count), columns).to(dtype).contiguous(memory_format=self.memory_format)
             predictions = list(unwrap(self.unet(batch, timestep, **inputs)[0].float(), columns).chunk(count))

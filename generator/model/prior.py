@@ -80,13 +80,15 @@ class AtlasPrior:
             setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def filter(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Filtered:
+    def filter(self, x: Tensor, alpha: Tensor, sigma: Tensor, damping: Tensor | None = None) -> Filtered:
         """What is known of clean atlases from x = alpha clean + sigma noise.
 
         Args:
             x: [B, 16, H, W] float32.
             alpha: [B], or one for all; 0 is allowed.
             sigma: likewise.
+            damping: [H, F], see `damping`; the mean is then what it would be if so much less were expected of each frequency. What the
+                network sees, and what it corrects by, stay.
         """
         signal, noise = (value.reshape(-1, 1, 1, 1).square() for value in (alpha, sigma.clamp_min(math.sqrt(_LEAST_VARIANCE))))
         total = signal * self._variances + noise  # [B, H, F, 16]
@@ -97,9 +99,17 @@ class AtlasPrior:
             torch.einsum("hfca,tbhfa,f->tbc", squares, weighted, self._counts).clamp_min(_LEAST_VARIANCE).sqrt()[..., None, None]
         )
         axes = self._axes.to(torch.complex64)
-        along = torch.einsum("hfca,bchf->bhfa", axes, self._transform(x)) * gain
-        inner = self._inverse(torch.einsum("hfca,bhfa->bchf", axes, along))
-        return Filtered(alpha.reshape(-1, 1, 1, 1) * inner, inner / spread, error)
+        along = torch.einsum("hfca,bchf->bhfa", axes, self._transform(x))
+
+        def back(gain: Tensor) -> Tensor:
+            return self._inverse(torch.einsum("hfca,bhfa->bchf", axes, along * gain))
+
+        seen = back(gain)
+        mean = seen
+        if damping is not None:
+            expected = self._variances * damping[..., None].to(self._variances)
+            mean = back(expected / (signal * expected + noise))
+        return Filtered(alpha.reshape(-1, 1, 1, 1) * mean, seen / spread, error)
 
     def _transform(self, x: Tensor) -> Tensor:
         return torch.fft.rfft(torch.einsum("kh,bchw->bckw", self._cosines, x), norm="ortho")
@@ -148,6 +158,17 @@ class PriorAccumulator:
         if self._sum is None:
             raise InputError("there are no atlases to take a prior from")
         return AtlasPrior((self._sum / self.count).float(), self.layout_id)
+
+
+def damping(size: int, above: float, variance: float) -> Tensor:
+    """Factors [size, size / 2 + 1] on a prior's variances for sampling: 1 up to a frequency, in turns round the atlas, `variance` beyond.
+
+    What the network does not know of the fine structure, the prior makes up at random: splats that stand off their surface like fur. With
+    less expected of these frequencies they are left smooth, but for what the network adds.
+    """
+    # A row of the cosine transform is half a turn from pole to pole.
+    along, across = torch.arange(size)[:, None] / 2, torch.arange(size // 2 + 1)[None]
+    return torch.where(torch.hypot(along, across.float()) <= above, 1.0, float(variance))
 
 
 def cosine_transform(size: int) -> Tensor:
