@@ -3,7 +3,7 @@
     python benchmarks/denoise.py RUN/shards [BUNDLE] [--limit 192]
 
 Both clean the same noisy atlases of a data set, given their captions and no guidance. The filter's covariance is that of every other
-object; errors are mean squares over normalised values (1 is knowing nothing) of objects that it was not taken from. Where a bundle's network
+object; errors are mean squares over normalised values (1 is knowing nothing) of objects that it was not taken from. Where a network
 corrects a prior, that is part of what it knows.
 """
 
