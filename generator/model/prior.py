@@ -63,20 +63,22 @@ class AtlasPrior:
         self.covariance = covariance.float().cpu()
         self.layout_id = layout_id
         self.size = shape[0]
-        variances, axes = torch.linalg.eigh(self.covariance.double())
-        self._variances = variances.clamp_min(0).float()  # [H, F, 16] along the axes
-        self._axes = axes.float()  # [H, F, 16, 16], columns are axes
+        variances, axes = torch.linalg.eigh(self.covariance.flatten(0, 1).double())
+        self._variances = variances.clamp_min(0).float()  # [H F, 16] along the axes
+        self._axes = axes.float()  # [H F, 16, 16], columns are axes
         self._cosines = cosine_transform(self.size)
         # Every column of the half spectrum but the first and the last stands for two.
         counts = torch.full((shape[1],), 2.0)
         counts[0] = 1.0
         if self.size % 2 == 0:
             counts[-1] = 1.0
-        self._counts = counts / self.size**2
+        # What the variance along each axis adds to that of each channel: [H F 16, 16].
+        shares = axes.float().square().mT * (counts / self.size**2).repeat(self.size)[:, None, None]
+        self._shares = shares.flatten(0, 1)
 
     def to(self, device: torch.device | str) -> AtlasPrior:
         """Itself, for tensors on that device."""
-        for name in ("_variances", "_axes", "_cosines", "_counts"):
+        for name in ("_variances", "_axes", "_cosines", "_shares"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -90,32 +92,29 @@ class AtlasPrior:
             damping: [H, F], see `damping`; the mean is then what it would be if so much less were expected of each frequency. What the
                 network sees, and what it corrects by, stay.
         """
-        signal, noise = (value.reshape(-1, 1, 1, 1).square() for value in (alpha, sigma.clamp_min(math.sqrt(_LEAST_VARIANCE))))
-        total = signal * self._variances + noise  # [B, H, F, 16]
-        gain = self._variances / total
-        squares = self._axes.square()
-        weighted = torch.stack((self._variances * gain, noise * gain))
-        spread, error = (
-            torch.einsum("hfca,tbhfa,f->tbc", squares, weighted, self._counts).clamp_min(_LEAST_VARIANCE).sqrt()[..., None, None]
-        )
-        axes = self._axes.to(torch.complex64)
-        along = torch.einsum("hfca,bchf->bhfa", axes, self._transform(x))
-
-        def back(gain: Tensor) -> Tensor:
-            return self._inverse(torch.einsum("hfca,bhfa->bchf", axes, along * gain))
-
-        seen = back(gain)
+        signal, noise = (value.reshape(-1, 1, 1).square() for value in (alpha, sigma.clamp_min(math.sqrt(_LEAST_VARIANCE))))
+        gain = self._variances / (signal * self._variances + noise)  # [B, H F, 16]
+        spread, error = ((scale * gain).flatten(1) @ self._shares for scale in (self._variances, noise))
+        spread, error = (value.clamp_min(_LEAST_VARIANCE).sqrt()[..., None, None] for value in (spread, error))
+        along = self._along(x)
+        seen = self._across(along, gain)
         mean = seen
         if damping is not None:
-            expected = self._variances * damping[..., None].to(self._variances)
-            mean = back(expected / (signal * expected + noise))
+            expected = self._variances * damping.reshape(-1, 1).to(self._variances)
+            mean = self._across(along, expected / (signal * expected + noise))
         return Filtered(alpha.reshape(-1, 1, 1, 1) * mean, seen / spread, error)
 
-    def _transform(self, x: Tensor) -> Tensor:
-        return torch.fft.rfft(torch.einsum("kh,bchw->bckw", self._cosines, x), norm="ortho")
+    def _along(self, x: Tensor) -> Tensor:
+        """[B, 16, H, W] along the axes of each frequency: [H F, 16, B, 2], real and imaginary parts last."""
+        z = torch.view_as_real(torch.fft.rfft(self._cosines @ x, norm="ortho"))
+        z = z.permute(2, 3, 1, 0, 4).reshape(-1, CHANNELS, 2 * len(x))
+        return (self._axes.mT @ z).unflatten(-1, (-1, 2))
 
-    def _inverse(self, z: Tensor) -> Tensor:
-        return torch.einsum("kh,bckw->bchw", self._cosines, torch.fft.irfft(z, n=self.size, norm="ortho"))
+    def _across(self, along: Tensor, gain: Tensor) -> Tensor:
+        """The inverse of `_along` after factors [B or 1, H F, 16] on each axis."""
+        z = self._axes @ (along * gain.permute(1, 2, 0)[..., None]).flatten(-2)
+        z = z.reshape(self.size, -1, CHANNELS, along.shape[2], 2).permute(3, 2, 0, 1, 4)
+        return self._cosines.mT @ torch.fft.irfft(torch.view_as_complex(z.contiguous()), n=self.size, norm="ortho")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with the layout id as its record."""
