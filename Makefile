@@ -7,6 +7,10 @@ PYTHON ?= python3.11
 STAMP := .venv/.stamp
 RUN := .venv/bin/python
 
+# PYTHON names the interpreter that makes .venv; in `make extension` also a Python of Blender's ("3.13"), which is neither name nor path.
+override BLENDER_PYTHON := $(if $(findstring python,$(value PYTHON))$(findstring /,$(value PYTHON)),,$(value PYTHON))
+SETUP_PYTHON := $(if $(BLENDER_PYTHON),python3.11,$(PYTHON))
+
 # What people type goes to the recipes through the environment, exactly as typed: never through make's or the shell's own expansion.
 override PROMPT := $(value PROMPT)
 override PROMPTS := $(value PROMPTS)
@@ -15,19 +19,20 @@ override COUNT := $(if $(value COUNT),$(value COUNT),1)
 override OUT := $(if $(value OUT),$(value OUT),out)
 override PRESET := $(value PRESET)
 override VERSIONS := $(value VERSIONS)
-export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS
+override PLATFORM := $(value PLATFORM)
+export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS PLATFORM BLENDER_PYTHON
 export TORCH_INDEX PYTHON311 PYTHON313
 
-.PHONY: help setup infinigen generate batch train test test-blender lint bench extension lock clean
+.PHONY: help setup infinigen generate batch train test test-blender lint bench extension index lock lock-wheels clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 define run_setup
-@"$(PYTHON)" -c '' >/dev/null 2>&1 || { \
+@"$(SETUP_PYTHON)" -c '' >/dev/null 2>&1 || { \
 	echo 'make setup: Python 3.11 was not found: install it (Debian 12: sudo apt-get install python3.11 python3.11-venv)' \
 		'or name it: make setup PYTHON=/path/to/python3.11' >&2; exit 2; }
-@"$(PYTHON)" tools/setup.py
+@"$(SETUP_PYTHON)" tools/setup.py
 endef
 
 setup: ## make .venv with everything in it (TORCH_INDEX=URL chooses where torch comes from)
@@ -66,11 +71,17 @@ lint: $(STAMP) ## ruff, and Blender's check of the manifest
 bench: $(STAMP) ## every benchmark beside its peer or reference
 	@for script in benchmarks/[a-z]*.py; do test -e "$$script" || continue; echo "== $$script"; $(RUN) "$$script" || exit 1; done
 
-extension: $(STAMP) ## dist/gaussian_atlas-VERSION-PLATFORM-cpXY.zip, checked by Blender's validator
-	@$(RUN) tools/extension.py build
+extension: $(STAMP) ## the zip in dist/, for this machine or [PLATFORM=linux-x64|windows-x64|macos-arm64] [PYTHON=3.11|3.13] [CUDA=1]
+	@$(RUN) tools/extension.py build --platform="$$PLATFORM" --python="$$BLENDER_PYTHON" $(if $(value CUDA),--cuda)
+
+index: $(STAMP) ## dist/index.json: with the zips beside it, a repository that Blender installs and updates from
+	@$(RUN) tools/extension.py index
 
 lock: $(STAMP) ## rewrite requirements.lock from the environment in use
 	@$(RUN) tools/lock.py
+
+lock-wheels: $(STAMP) ## rewrite extension.lock, the wheels of every extension zip, from what the package index says
+	@$(RUN) tools/extension.py lock
 
 clean: ## remove what builds and runs leave behind; keeps .venv, out and trained models
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import extension
 import pytest
+from lock import LockedWheel, read_wheels, write_wheels
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,30 +125,211 @@ def test_each_python_names_the_blenders_that_run_it(python, first, last):
     assert built["permissions"] == tomllib.loads(source)["permissions"]
 
 
-@pytest.mark.parametrize("platform", sorted(extension.PLATFORMS))
-@pytest.mark.parametrize("python", sorted(extension.BLENDER_OF_PYTHON))
-def test_every_target_bundles_the_same_packages_at_the_locks_versions(platform, python):
-    pins = extension.wheel_pins(extension.Target(platform, python))
+# The lock of wheels
+
+
+@pytest.mark.parametrize("target", extension.all_targets(), ids=lambda target: target.label)
+def test_every_target_bundles_the_same_packages_at_the_locks_versions(target):
+    wheels = extension.locked_wheels(target)
+    names, pins = {wheel.name for wheel in wheels}, extension.wheel_pins(target)
     assert pins.keys() == extension.wheel_pins(extension.host_target()).keys()
-    assert not set(pins) & set(extension.BLENDER_BRINGS)
+    assert not names & {*extension.BLENDER_BRINGS, "setuptools", "torchvision"}
+    assert all(parse_wheel_filename(wheel.file)[3] & target.tags() for wheel in wheels)
+    assert target.cuda == ("nvidia-cudnn-cu13" in names)
+    assert target.cuda or names == pins.keys()
+    assert target.cuda or target.platform != "linux-x64" or any(w.name == "torch" and w.version.local == "cpu" for w in wheels)
 
 
-def test_a_cuda_build_of_torch_is_refused(tmp_path):
-    wheel = tmp_path / "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("torch-2.13.0.dist-info/METADATA", "Name: torch\nRequires-Dist: nvidia-cublas==13.0; platform_system == 'Linux'\n")
-    with pytest.raises(extension.ExtensionError, match="TORCH_INDEX"):
-        extension.refuse_cuda(wheel)
+def test_a_lock_of_wheels_is_read_as_written(tmp_path):
+    wheels = {"a": [LockedWheel("x-1.0+cpu-py3-none-any.whl", 5, "00ff")], "b": [LockedWheel("y-2-py3-none-any.whl", 7, "0f")]}
+    write_wheels(wheels, tmp_path / "extension.lock")
+    assert read_wheels(tmp_path / "extension.lock") == wheels
+    assert (wheels["a"][0].name, wheels["a"][0].version.public) == ("x", "1.0")
+    (tmp_path / "extension.lock").write_text('[a]\n"x.whl" = 5\n')
+    with pytest.raises(ValueError, match="extension.lock is not a lock of wheels"):
+        read_wheels(tmp_path / "extension.lock")
 
 
-def test_wheels_of_another_platform_python_or_version_do_not_fit(tmp_path):
-    for name in ("regex-1.0-cp311-cp311-win_amd64.whl", "regex-1.0-cp313-cp313-manylinux_2_28_x86_64.whl", "regex-2.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    fitting = extension.Target("linux-x64", "3.11").tags()
-    assert extension.find_wheel(tmp_path, "regex", "1.0", fitting) is None
-    fits = tmp_path / "regex-1.0+cpu-cp39-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"
-    fits.touch()
-    assert extension.find_wheel(tmp_path, "regex", "1.0", fitting) == fits
+@pytest.mark.parametrize("change", ["remove", "other version", "add"])
+def test_a_lock_of_wheels_that_lags_behind_is_named(monkeypatch, change):
+    target = extension.host_target()
+    wheels = {wheel.name: wheel for wheel in read_wheels()[target.label]}
+    if change != "add":
+        wheels.pop("tqdm")
+    if change != "remove":
+        wheels["tqdm" if change == "other version" else "zz"] = LockedWheel(
+            f"{'zz' if change == 'add' else 'tqdm'}-1-py3-none-any.whl", 1, ""
+        )
+    monkeypatch.setattr(extension, "read_wheels", lambda: {target.label: list(wheels.values())})
+    with pytest.raises(extension.ExtensionError, match=f"(?s)extension.lock .*{'zz' if change == 'add' else 'tqdm'}.*make lock-wheels"):
+        extension.locked_wheels(target)
+    monkeypatch.setattr(extension, "read_wheels", dict)
+    with pytest.raises(extension.ExtensionError, match=f"no wheels for {target.label}: run `make lock-wheels`"):
+        extension.locked_wheels(target)
+
+
+def tiny_wheel(folder: Path, text: str = "") -> Path:
+    """A real wheel, of zz_tiny 1.0."""
+    path = folder / "zz_tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("zz_tiny.py", text)
+        file.writestr("zz_tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: zz-tiny\nVersion: 1.0\n")
+        file.writestr("zz_tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("zz_tiny-1.0.dist-info/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def offered(tmp_path, monkeypatch) -> Path:
+    """The one wheel that pip finds, with its folder for an index; the lock names this wheel for every target."""
+    folder = tmp_path / "offered"
+    folder.mkdir()
+    path = tiny_wheel(folder)
+    for name, value in {
+        "NO_INDEX": "1",
+        "FIND_LINKS": str(folder),
+        "EXTRA_INDEX_URL": "",
+        "CONSTRAINT": "",
+        "CONFIG_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    wheel = LockedWheel(path.name, path.stat().st_size, extension.sha256(path))
+    monkeypatch.setattr(extension, "locked_wheels", lambda target: [wheel])
+    return path
+
+
+def test_the_locked_wheel_is_downloaded_and_another_of_its_name_refused(offered, tmp_path):
+    target, folder = extension.Target("windows-x64", "3.13"), tmp_path / "wheels"
+    (path,) = extension.fetch_wheels(target, folder)
+    assert path.read_bytes() == offered.read_bytes()
+
+    path.write_bytes(b"another file")
+    with pytest.raises(extension.ExtensionError, match=rf"{path.name} has SHA-256 \w+, but \w+ in extension.lock: delete it"):
+        extension.fetch_wheels(target, folder)
+
+    path.unlink()
+    tiny_wheel(offered.parent, "changed")
+    with pytest.raises(extension.ExtensionError, match=r"SHA-256 \w+ where pip finds it, but \w+ in extension.lock") as refused:
+        extension.fetch_wheels(target, folder)
+    assert len(str(refused.value).splitlines()) == 1 and not path.exists()
+
+    offered.unlink()
+    with pytest.raises(extension.ExtensionError, match="no wheel of zz-tiny 1.0 on the package index"):
+        extension.fetch_wheels(target, folder)
+
+
+def test_what_pip_would_take_is_locked_with_size_and_hash(offered):
+    (wheel,) = extension.ask_index(["zz-tiny===1.0"], extension.Target("macos-arm64", "3.11"), needs=True)
+    assert wheel == LockedWheel(offered.name, offered.stat().st_size, hashlib.sha256(offered.read_bytes()).hexdigest())
+
+
+def test_a_cpu_build_of_torch_that_no_index_has_is_kept_in_the_lock_or_asked_for(offered, monkeypatch, capsys):
+    monkeypatch.setattr(extension, "wheel_pins", lambda target: {"torch": "2.13.0", "zz-tiny": "1.0"})
+    target, known = extension.Target("linux-x64", "3.13"), LockedWheel("torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl", 1, "ab")
+    assert [wheel.name for wheel in extension.resolve(target, [known])] == ["zz-tiny", "torch"]
+    assert "its line of extension.lock stays" in capsys.readouterr().err
+    older = LockedWheel(known.file.replace("2.13", "2.12"), 1, "ab")
+    with pytest.raises(extension.ExtensionError, match=r"no torch 2\.13\.0\+cpu .* set TORCH_INDEX"):
+        extension.resolve(target, [older])
+
+
+def test_the_documented_sizes_are_the_locks():
+    assert extension.size_table() in (ROOT / "docs" / "extension.md").read_text(encoding="utf-8")
+
+
+# Any target, and the index, on a project of a few bytes
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """project(name): a checkout of almost nothing, whose zips hold one wheel, written anew and in another order each time."""
+    wheel = tiny_wheel(tmp_path)
+    monkeypatch.setattr(extension, "fetch_wheels", lambda target, folder, torch_index: [wheel])
+
+    def write(name: str = "project", version: str = "0.1.0", backwards: bool = False) -> Path:
+        root = tmp_path / name
+        manifest = (ROOT / extension.MANIFEST).read_text(encoding="utf-8")
+        files = {
+            entry: "text\n" * 50 for entry in ("__init__.py", "LICENSE", "README.md", "generator/a.py", "generator/b.py", "generator/B.py")
+        }
+        files |= {"blender_addon/__init__.py": "", "models/starter/bundle.json": "{}", "generator/__pycache__/a.pyc": name}
+        files |= {extension.MANIFEST: manifest.replace("0.1.0", version), "pyproject.toml": f'[project]\nversion = "{version}"\n'}
+        for entry in sorted(files, reverse=backwards):
+            (root / entry).parent.mkdir(parents=True, exist_ok=True)
+            (root / entry).write_text(files[entry])
+            os.utime(root / entry, (1e9, 1.2e9 if backwards else 1.3e9))
+            (root / entry).chmod(0o600 if backwards else 0o755)
+        return root
+
+    return write
+
+
+def test_two_builds_of_the_same_sources_are_the_same_bytes(project):
+    target = extension.Target("windows-x64", "3.13")
+    first, second = extension.build(project("here"), target), extension.build(project("elsewhere", backwards=True), target)
+    assert first.read_bytes() == second.read_bytes()
+    assert first.name == "gaussian_atlas-0.1.0-windows-x64-cp313.zip"
+    with zipfile.ZipFile(first) as file:
+        assert file.testzip() is None
+        assert file.read("wheels/zz_tiny-1.0-py3-none-any.whl") and "generator/__pycache__/a.pyc" not in file.namelist()
+        assert tomllib.loads(file.read(extension.MANIFEST).decode())["platforms"] == [target.platform]
+    assert list(first.parent.iterdir()) == [first], "something half made lies beside the zip"
+
+
+def test_a_change_anywhere_makes_another_zip(project):
+    target = extension.Target("linux-x64", "3.11")
+    root = project()
+    before = extension.build(root, target).read_bytes()
+    (root / "generator" / "a.py").write_text("texT\n" * 50)
+    assert extension.build(root, target).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (extension.Target("amiga", "3.11"), "PLATFORM=amiga: choose one of linux-x64, "),
+        (extension.Target("linux-x64", "3.12"), "PYTHON=3.12: Blender runs 3.11 or 3.13"),
+        (extension.Target("windows-x64", "3.13", cuda=True), "CUDA=1: .* for linux-x64, not windows-x64"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_refused_with_its_reason(target, reason):
+    with pytest.raises(extension.ExtensionError, match=reason):
+        extension.build(target=target)
+
+
+def test_blenders_tool_installs_from_the_index_what_fits(project, tmp_path):
+    root = project()
+    built = {python: extension.build(root, extension.Target(extension.host_target().platform, python)) for python in ("3.11", "3.13")}
+    extension.build(root, extension.Target("linux-x64", "3.13", cuda=True))
+    plain, cuda = extension.index(root)
+    assert cuda.parent == plain.parent / "cuda"
+    listed = {entry["archive_url"]: entry for entry in json.loads(plain.read_text())["data"]}
+    assert list(listed) == sorted(f"./{path.name}" for path in built.values())
+    for path in built.values():
+        assert listed[f"./{path.name}"]["archive_hash"] == "sha256:" + extension.sha256(path)
+
+    url, repository = plain.as_uri(), tmp_path / "repository"
+    repository.mkdir()
+    extension.run_blender_tool("sync", "--remote-url", url, "--local-dir", repository, what="sync")
+    fetch = ("install", "gaussian_atlas", "--remote-url", url, "--local-dir", repository)
+    for blender, python, upper in (("5.0.1", "3.11.13", "5.1.0"), ("5.2.0", "3.13.9", None)):
+        extension.run_blender_tool(*fetch, "--blender-version", blender, "--python-version", python, what="install")
+        assert extension.read_manifest(repository / "gaussian_atlas").get("blender_version_max") == upper
+    with pytest.raises(extension.ExtensionError, match="not compatible"):
+        extension.run_blender_tool(*fetch, "--blender-version", "4.2.0", "--python-version", "3.11.7", what="install")
+
+
+def test_two_zips_for_one_blender_are_refused_and_the_earlier_index_stays(project):
+    root, target = project(), extension.Target("linux-x64", "3.11")
+    with pytest.raises(extension.ExtensionError, match="make extension"):
+        extension.index(root)
+    extension.build(root, target)
+    (path,) = extension.index(root)
+    before = path.read_bytes()
+    extension.build(project(version="0.2.0"), target)
+    with pytest.raises(extension.ExtensionError, match="duplicate.*remove what does not belong there"):
+        extension.index(root)
+    assert path.read_bytes() == before
 
 
 # The zip in a Blender

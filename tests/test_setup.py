@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTRACTS = ("setup", "generate", "batch", "train", "test", "extension", "bench", "lint", "clean")
+CONTRACTS = ("setup", "generate", "batch", "train", "test", "extension", "index", "bench", "lint", "clean")
 
 
 # The lock
@@ -274,6 +274,22 @@ def test_batch_and_train_pass_their_arguments(recorder):
     assert arguments()[2:] == ["--prompts=my prompts.txt", "--seed=0", "--count=1", "--out=some $dir"]
     make("train", f"RUN={program}", "STAMP=", "PRESET=tiny")
     assert arguments() == ["-m", "trainer", "train", "--preset=tiny"]
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ([], ["--platform=", "--python="]),
+        (["PLATFORM=windows-x64", "PYTHON=3.13"], ["--platform=windows-x64", "--python=3.13"]),
+        (["PYTHON=313", "CUDA=1"], ["--platform=", "--python=313", "--cuda"]),
+        (["PYTHON=/opt/python3.11/bin/python"], ["--platform=", "--python="]),
+    ],
+)
+def test_extension_tells_blenders_python_from_the_one_that_makes_the_environment(recorder, given, passed):
+    program, arguments = recorder
+    result = make("extension", f"RUN={program}", "STAMP=", *given)
+    assert result.returncode == 0, result.stderr
+    assert arguments() == ["tools/extension.py", "build", *passed]
 
 
 @pytest.mark.parametrize(("target", "variable"), [("generate", "PROMPT"), ("batch", "PROMPTS"), ("train", "PRESET")])

@@ -1,11 +1,15 @@
 """The Blender extension: check the manifest, build the zip with its wheels, run the add-on's tests against it.
 
     python tools/extension.py validate
-    python tools/extension.py build [--platform linux-x64] [--python 3.11] [--torch-index URL]
+    python tools/extension.py build [--platform linux-x64] [--python 3.11] [--cuda] [--torch-index URL]
     python tools/extension.py test [--checkout]
+    python tools/extension.py index
+    python tools/extension.py lock [--torch-index URL]
+    python tools/extension.py sizes
 
 The zip holds the add-on, the generator, the starter model and unmodified wheels of what sampling imports, at the versions of
-requirements.lock. Validation and packing are done by Blender's own tool, which ships inside the bpy wheel.
+requirements.lock and with the hashes of extension.lock. Validation, packing and the index are Blender's own tool's, which ships inside
+the bpy wheel.
 """
 
 from __future__ import annotations
@@ -13,22 +17,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import platform as host
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
+import urllib.parse
+import urllib.request
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
-from email.parser import HeaderParser
 from pathlib import Path
 
-from lock import closure, read_lock, read_project
+from lock import WHEEL_LOCK, LockedWheel, closure, read_lock, read_project, read_wheels, write_wheels
 from packaging import tags
 from packaging.requirements import Requirement
-from packaging.utils import parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "blender_manifest.toml"
@@ -56,10 +63,20 @@ class Target:
 
     platform: str
     python: str
+    cuda: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.platform}-cp{self.python.replace('.', '')}"
+        return f"{self.platform}-cp{self.python.replace('.', '')}" + ("-cuda" if self.cuda else "")
+
+    def check(self) -> None:
+        """Raises ExtensionError where there is no such zip."""
+        if self.platform not in PLATFORMS:
+            raise ExtensionError(f"PLATFORM={self.platform}: choose one of {', '.join(PLATFORMS)}")
+        if self.python not in BLENDER_OF_PYTHON:
+            raise ExtensionError(f"PYTHON={self.python}: Blender runs {' or '.join(BLENDER_OF_PYTHON)}")
+        if self.cuda and self.platform not in CUDA_PLATFORMS:
+            raise ExtensionError(f"CUDA=1: the package index has CUDA builds of torch for {', '.join(CUDA_PLATFORMS)}, not {self.platform}")
 
     @property
     def version(self) -> tuple[int, int]:
@@ -76,7 +93,7 @@ class Target:
                 return ["win_amd64"]
             case "macos-arm64":
                 return list(tags.mac_platforms((14, 0), "arm64"))
-        raise ExtensionError(f"--platform {self.platform}: choose one of {', '.join(PLATFORMS)}")
+        raise ExtensionError(f"PLATFORM={self.platform}: choose one of {', '.join(PLATFORMS)}")
 
     def tags(self) -> set[tags.Tag]:
         """Every wheel tag that fits."""
@@ -105,6 +122,10 @@ PLATFORMS = {
     "macos-arm64": ("Darwin", "arm64", "darwin", "posix"),
 }
 
+# On the package index torch is a CUDA build for Linux and a CPU build elsewhere; Linux's CPU build has a version of its own.
+CUDA_PLATFORMS = ("linux-x64",)
+CPU_VERSION = {"linux-x64": "+cpu"}
+
 
 class ExtensionError(Exception):
     """One clear line that says what is wrong and what to do."""
@@ -115,7 +136,13 @@ def host_target() -> Target:
     for name, (system, machine, _, _) in PLATFORMS.items():
         if (host.system(), host.machine()) == (system, machine):
             return Target(name, f"{sys.version_info.major}.{sys.version_info.minor}")
-    raise ExtensionError(f"{host.system()} on {host.machine()} has no extension build: name one with --platform")
+    raise ExtensionError(f"{host.system()} on {host.machine()} has no extension build: name one with PLATFORM")
+
+
+def all_targets() -> list[Target]:
+    """Every zip that can be made, those with CUDA last."""
+    plain = [Target(platform, python) for platform in PLATFORMS for python in BLENDER_OF_PYTHON]
+    return plain + [Target(platform, python, cuda=True) for platform in CUDA_PLATFORMS for python in BLENDER_OF_PYTHON]
 
 
 def blender_tool() -> Path:
@@ -129,11 +156,13 @@ def blender_tool() -> Path:
     return found[-1]
 
 
-def run_blender_tool(*arguments: str | Path, what: str) -> None:
+def run_blender_tool(*arguments: str | Path, what: str) -> str:
+    """What the tool printed. Raises ExtensionError with its reason."""
     result = subprocess.run([sys.executable, str(blender_tool()), *map(str, arguments)], capture_output=True, text=True)
     if result.returncode != 0:
         lines = (result.stdout + result.stderr).strip().splitlines()
         raise ExtensionError(f"{what}: {'; '.join(lines) or f'exit status {result.returncode}'}")
+    return result.stdout
 
 
 def read_manifest(root: Path = ROOT) -> dict:
@@ -162,55 +191,174 @@ def wheel_pins(target: Target) -> dict[str, str]:
     return pins
 
 
-def find_wheel(folder: Path, name: str, version: str, fitting: set[tags.Tag]) -> Path | None:
-    """A wheel of exactly that package and version in `folder` with a fitting tag; a local version (+cpu) counts as the same."""
-    for path in sorted(folder.glob("*.whl")):
-        found_name, found_version, _, found_tags = parse_wheel_filename(path.name)
-        if found_name == name and found_version.public == version and found_tags & fitting:
-            return path
-    return None
+def torch_version(target: Target, pins: dict[str, str]) -> str:
+    """torch's version with the part that tells a CPU build from a CUDA one, where there are both."""
+    return pins["torch"] + ("" if target.cuda else CPU_VERSION.get(target.platform, ""))
 
 
-def download(pins: list[str], target: Target, folder: Path, index: str | None = None) -> None:
-    """pip download of exactly `pins` ("name==version") as wheels for `target`. Raises ExtensionError with pip's reason."""
-    if not pins:
-        return
-    print(f"extension: downloading {len(pins)} wheels for {target.label}", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), "--python-version", target.python]
-    command += ["--implementation", "cp", "--abi", f"cp{target.python.replace('.', '')}", "--abi", "abi3", "--abi", "none"]
-    command += [option for tag in target.wheel_platforms() for option in ("--platform", tag)]
-    command += ["--index-url", index] if index else []
-    result = subprocess.run([*command, *pins], capture_output=True, text=True)
-    if result.returncode != 0:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        raise ExtensionError(f"wheels for {target.label}: {errors[-1] if errors else f'pip exit status {result.returncode}'}")
-
-
-def fetch_wheels(target: Target, folder: Path, torch_index: str | None = None) -> list[Path]:
-    """Unmodified wheels for `target` in `folder`, downloading what is not there yet. Raises ExtensionError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fitting = target.tags()
-    pins = wheel_pins(target)
-    missing = [name for name, version in pins.items() if find_wheel(folder, name, version, fitting) is None]
-    own_index = ["torch"] if torch_index and "torch" in missing else []
-    download([f"{name}=={pins[name]}" for name in own_index], target, folder, torch_index)
-    download([f"{name}=={pins[name]}" for name in missing if name not in own_index], target, folder)
-    wheels = [find_wheel(folder, name, version, fitting) for name, version in pins.items()]
-    if absent := [name for name, wheel in zip(pins, wheels, strict=True) if wheel is None]:
-        raise ExtensionError(f"no wheel for {target.label} of {', '.join(absent)}")
-    refuse_cuda(next(wheel for wheel in wheels if wheel.name.startswith("torch-")))
+def locked_wheels(target: Target) -> list[LockedWheel]:
+    """The wheels of `target` by extension.lock. Raises ExtensionError where it lacks them or requirements.lock has moved on."""
+    wheels, pins = read_wheels().get(target.label), wheel_pins(target)
+    if not wheels:
+        raise ExtensionError(f"{WHEEL_LOCK.name} has no wheels for {target.label}: run `make lock-wheels`")
+    found = {wheel.name: str(wheel.version) for wheel in wheels}
+    wanted = {**pins, "torch": torch_version(target, pins)}
+    if wrong := sorted(name for name, version in wanted.items() if found.get(name) != version):
+        raise ExtensionError(f"{WHEEL_LOCK.name} lags behind in {', '.join(wrong)} for {target.label}: run `make lock-wheels`")
+    if not target.cuda and (extra := sorted(found.keys() - wanted.keys())):
+        raise ExtensionError(f"{WHEEL_LOCK.name} has {', '.join(extra)} for {target.label}, which nothing needs: run `make lock-wheels`")
     return wheels
 
 
-def refuse_cuda(torch_wheel: Path) -> None:
-    """A wheel of torch that needs NVIDIA's packages makes a zip of gigabytes that lacks them: say what to do instead."""
-    with zipfile.ZipFile(torch_wheel) as archive:
-        name = next(entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
-        needs = HeaderParser().parsestr(archive.read(name).decode("utf-8")).get_all("Requires-Dist") or []
-    if any(re.match(r"(nvidia|cuda)[-_]", need) for need in needs):
-        torch_wheel.unlink()
-        raise ExtensionError(f"{torch_wheel.name} is a CUDA build: set TORCH_INDEX to an index with CPU builds of torch")
+def pip(*arguments: str, target: Target, index: str | None = None) -> None:
+    """pip on wheels for `target` alone. Raises ExtensionError with its reason."""
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--python-version", target.python, "--implementation", "cp"]
+    command += [option for tag in (f"cp{target.python.replace('.', '')}", "abi3", "none") for option in ("--abi", tag)]
+    command += [option for tag in target.wheel_platforms() for option in ("--platform", tag)]
+    command += ["--index-url", index] if index else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise ExtensionError(f"wheels for {target.label}: {pip_reason(result.stderr) or f'pip exit status {result.returncode}'}")
+
+
+def pip_reason(errors: str) -> str:
+    """One line of what pip printed, with what to do about it."""
+    differing = re.search(r"(\S+?)(?:==\S+)? from .*:\s+Expected sha256 (\w+)\s+Got\s+(\w+)", errors)
+    if differing:
+        name, expected, got = differing.groups()
+        return (
+            f"{name} has SHA-256 {got} where pip finds it, but {expected} in {WHEEL_LOCK.name}: name another index, or `make lock-wheels`"
+        )
+    # The second where pip's configuration has constraints.
+    absent = re.search(r"(?:No matching distribution found for|Cannot install) (\S+?)===?(\S+)", errors)
+    if absent and absent[1] == "torch" and "+cpu" in absent[2]:
+        return f"no torch {absent[2]} on the package index: set TORCH_INDEX to an index with CPU builds of torch"
+    if absent:
+        return f"no wheel of {absent[1]} {absent[2]} on the package index"
+    return next((line for line in reversed(errors.splitlines()) if line.startswith("ERROR")), "")
+
+
+def download(wheels: list[LockedWheel], target: Target, folder: Path, index: str | None = None) -> None:
+    """Exactly these wheels into `folder`; pip refuses one whose hash differs."""
+    if not wheels:
+        return
+    print(f"extension: downloading {len(wheels)} wheels for {target.label}, {megabytes(wheels):.0f} MB", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        pins = Path(temporary) / "pins.txt"
+        # ===: == would take a version with a local part (2.13.0+cpu) for the same.
+        pins.write_text("".join(f"{w.name}==={w.version} --hash=sha256:{w.sha256}\n" for w in wheels), encoding="utf-8")
+        pip("download", "--progress-bar=off", "--no-deps", "--require-hashes", f"--requirement={pins}", f"--dest={folder}",
+            target=target, index=index)  # fmt: skip
+
+
+def fetch_wheels(target: Target, folder: Path, torch_index: str | None = None) -> list[Path]:
+    """The locked wheels of `target`, unmodified, in `folder`, downloading what is not there yet. Raises ExtensionError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wheels = locked_wheels(target)
+    missing = [wheel for wheel in wheels if not (folder / wheel.file).exists()]
+    # A version with a local part is on no package index: torch's own has it, or pip's configuration knows where.
+    own_index = [wheel for wheel in missing if torch_index and wheel.version.local]
+    download(own_index, target, folder, torch_index)
+    download([wheel for wheel in missing if wheel not in own_index], target, folder)
+    for wheel in wheels:
+        refuse_other(folder / wheel.file, wheel)
+    return [folder / wheel.file for wheel in wheels]
+
+
+def refuse_other(path: Path, wheel: LockedWheel) -> None:
+    """Raises ExtensionError where `path` is not the very file that the lock means."""
+    if not path.exists():
+        raise ExtensionError(f"{wheel.file} did not come: pip found another build of the same version; run `make lock-wheels`")
+    if (found := sha256(path)) != wheel.sha256:
+        raise ExtensionError(f"{path} has SHA-256 {found}, but {wheel.sha256} in {WHEEL_LOCK.name}: delete it and try again")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def megabytes(wheels: Iterable[LockedWheel]) -> float:
+    return sum(wheel.size for wheel in wheels) / 1e6
+
+
+# The lock of wheels
+
+
+def ask_index(requirements: list[str], target: Target, index: str | None = None, needs: bool = False) -> list[LockedWheel]:
+    """The wheels that pip would take for `requirements` (and `needs`: for what these need), by what the index says of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        options = [] if needs else ["--no-deps"]
+        pip("install", "--dry-run", "--ignore-installed", f"--target={folder}", f"--report={report}", *options, *requirements,
+            target=target, index=index)  # fmt: skip
+        entries = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return [described(entry["download_info"]) for entry in entries]
+
+
+def described(source: dict) -> LockedWheel:
+    """A wheel by pip's report: the hash that the index states, else the file's where it lies on this machine."""
+    address = urllib.parse.urlsplit(source["url"])
+    path = Path(urllib.request.url2pathname(address.path))
+    stated = source.get("archive_info", {}).get("hashes", {}).get("sha256")
+    if address.scheme == "file":
+        return LockedWheel(path.name, path.stat().st_size, sha256(path))
+    if not stated:
+        raise ExtensionError(f"the index states no SHA-256 of {path.name}: it cannot be locked from there")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(source["url"], method="HEAD"), timeout=60) as answer:
+            return LockedWheel(path.name, int(answer.headers["Content-Length"]), stated)
+    except OSError as error:
+        raise ExtensionError(f"the size of {path.name}: {error}") from None
+
+
+def resolve(target: Target, known: list[LockedWheel], torch_index: str | None = None) -> list[LockedWheel]:
+    """Every wheel of `target`. torch's CPU build stays as `known` where no index at hand has it."""
+    pins = wheel_pins(target)
+    version = torch_version(target, pins)
+    wheels = ask_index([f"{name}==={pin}" for name, pin in pins.items() if name != "torch"], target)
+    if target.cuda:  # what a CUDA build needs beside: NVIDIA's packages, declared by that build alone
+        left_out = {*pins, *BLENDER_BRINGS, *NOT_IMPORTED["torch"]} - {"torch"}
+        return wheels + [wheel for wheel in ask_index([f"torch==={version}"], target, needs=True) if wheel.name not in left_out]
+    try:
+        return wheels + ask_index([f"torch==={version}"], target, torch_index if version != pins["torch"] else None)
+    except ExtensionError as error:
+        kept = [wheel for wheel in known if (wheel.name, str(wheel.version)) == ("torch", version)]
+        if not kept:
+            raise
+        print(f"make lock-wheels: {error}; its line of {WHEEL_LOCK.name} stays", file=sys.stderr)
+        return wheels + kept
+
+
+def lock_wheels(torch_index: str | None = None) -> int:
+    """Rewrite extension.lock from what the index says; a target that lacks a wheel is named and left out. The exit status."""
+    known, locked, status = read_wheels(), {}, 0
+    for target in all_targets():
+        try:
+            locked[target.label] = resolve(target, known.get(target.label, []), torch_index)
+            print(f"{target.label}: {len(locked[target.label])} wheels, {megabytes(locked[target.label]):.0f} MB", flush=True)
+        except ExtensionError as error:
+            print(f"make lock-wheels: {error}", file=sys.stderr)
+            status = 1
+    write_wheels(locked)
+    return status
+
+
+def size_table() -> str:
+    """What the wheels of every zip weigh, by extension.lock, as a table in Markdown."""
+    lines = ["| zip | Blender | wheels | MB | torch and CUDA, MB |", "|---|---|---|---|---|"]
+    locked = read_wheels()
+    for target in all_targets():
+        first, last = BLENDER_OF_PYTHON[target.python]
+        wheels = locked.get(target.label, [])
+        heavy = [wheel for wheel in wheels if re.match(r"(torch|triton|nvidia|cuda)\b", wheel.name)]
+        blender = f"{first.removesuffix('.0')} to before {last.removesuffix('.0')}" if last else f"{first.removesuffix('.0')} and later"
+        lines.append(f"| `{target.label}` | {blender} | {len(wheels)} | {megabytes(wheels):.0f} | {megabytes(heavy):.0f} |")
+    return "\n".join(lines)
+
+
+# The zip
 
 
 def built_manifest(source: str, target: Target, wheels: list[str]) -> str:
@@ -244,33 +392,46 @@ def stage(root: Path, folder: Path, target: Target, wheels: list[Path]) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Hash of a staged folder: names and bytes of its files, but only names and sizes of the wheels, which never change."""
+    """Hash of a staged folder: names and bytes of its files."""
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        if path.suffix != ".whl":
-            with open(path, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\0".encode())
     return total.hexdigest()
 
 
-def build(root: Path = ROOT, target: Target | None = None, torch_index: str | None = None) -> Path:
-    """dist/gaussian_atlas-VERSION-PLATFORM-cpXY.zip, validated by Blender's tool; kept as it is when nothing in it changed.
+def settle(archive: Path) -> None:
+    """Pack `archive` again so that equal contents are equal bytes: names sorted, no times, one mode, and nothing compressed.
 
-    Raises ExtensionError; an earlier zip stays untouched then.
+    Compressed bytes differ between versions of zlib. Wheels are compressed in themselves, and weights hardly shrink.
+    """
+    settled = archive.with_name(f"{archive.name}.settled")
+    try:
+        with zipfile.ZipFile(archive) as old, zipfile.ZipFile(settled, "w", zipfile.ZIP_STORED) as new:
+            for entry in sorted((entry for entry in old.infolist() if not entry.is_dir()), key=lambda entry: entry.filename):
+                info = zipfile.ZipInfo(entry.filename)  # 1980, the earliest that a zip can state
+                info.create_system, info.external_attr, info.file_size = 3, 0o644 << 16, entry.file_size
+                with old.open(entry) as source, new.open(info, "w") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
+        os.replace(settled, archive)
+    finally:
+        settled.unlink(missing_ok=True)
+
+
+def build(root: Path = ROOT, target: Target | None = None, torch_index: str | None = None) -> Path:
+    """dist/gaussian_atlas-VERSION-PLATFORM-cpXY.zip (CUDA: in dist/cuda), validated by Blender's tool.
+
+    An earlier one is kept as it is when nothing in it changed. Raises ExtensionError; an earlier zip stays untouched then.
     """
     target = target or host_target()
-    if target.platform not in PLATFORMS:
-        raise ExtensionError(f"--platform {target.platform}: choose one of {', '.join(PLATFORMS)}")
-    if target.python not in BLENDER_OF_PYTHON:
-        raise ExtensionError(f"--python {target.python}: Blender runs {' or '.join(BLENDER_OF_PYTHON)}")
+    target.check()
     if absent := [name for name in SOURCES if not (root / name).exists()]:
         raise ExtensionError(f"{', '.join(absent)} missing: the extension cannot be built without")
     validate(root)
     manifest = read_manifest(root)
     work = root / "build" / "extension" / target.label
-    result = root / "dist" / f"{manifest['id']}-{manifest['version']}-{target.label}.zip"
-    stage(root, work, target, fetch_wheels(target, root / "build" / "wheels" / target.label, torch_index))
+    # A repository offers a Blender one zip, so those with CUDA are a repository of their own.
+    result = root / "dist" / ("cuda" if target.cuda else "") / f"{manifest['id']}-{manifest['version']}-{target.label}.zip"
+    stage(root, work, target, fetch_wheels(target, root / "build" / "wheels", torch_index))
     state, built_from = digest(work), work.with_suffix(".sha256")
     if not (result.exists() and built_from.exists() and built_from.read_text() == state):
         result.parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +439,7 @@ def build(root: Path = ROOT, target: Target | None = None, torch_index: str | No
         part = result.with_name(f".{result.name}")
         try:
             run_blender_tool("build", "--source-dir", work, "--output-filepath", part, what="the extension does not build")
+            settle(part)
             run_blender_tool("validate", part, what="the built extension is not valid")
             os.replace(part, result)
         finally:
@@ -285,6 +447,28 @@ def build(root: Path = ROOT, target: Target | None = None, torch_index: str | No
         built_from.write_text(state)
     shutil.rmtree(work)
     return result
+
+
+def index(root: Path = ROOT) -> list[Path]:
+    """index.json by Blender's tool beside the zips in dist, and in dist/cuda where it has any. Raises ExtensionError."""
+    folders = [folder for folder in (root / "dist", root / "dist" / "cuda") if list(folder.glob("*.zip"))]
+    if not folders:
+        raise ExtensionError("dist has no zip: run `make extension` first")
+    return [index_folder(folder) for folder in folders]
+
+
+def index_folder(folder: Path) -> Path:
+    """The index of one folder; an earlier one stays where a zip is not valid or two are for the same Blender."""
+    path = folder / "index.json"
+    earlier = path.read_bytes() if path.exists() else None
+    said = run_blender_tool("server-generate", "--repo-dir", folder, what=f"{folder.name} cannot be indexed").splitlines()
+    if wrong := [line for line in said if line.startswith(("WARN", "ERROR"))]:
+        path.write_bytes(earlier) if earlier is not None else path.unlink()
+        raise ExtensionError(f"{folder.name}: {'; '.join(wrong)}: remove what does not belong there (an older version?)")
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table["data"].sort(key=lambda entry: entry["archive_url"])  # the tool leaves them as the file system lists them
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 class AddonTestsOnly:
@@ -311,28 +495,44 @@ def main() -> int:
     commands.add_parser("validate", help="check blender_manifest.toml")
     builder = commands.add_parser("build", help="write the zip to dist/")
     tester = commands.add_parser("test", help="build, then run the add-on's tests against the installed zip")
-    for command in (builder, tester):
+    commands.add_parser("index", help="write index.json beside the zips in dist/: what a Blender repository is")
+    locker = commands.add_parser("lock", help=f"write {WHEEL_LOCK.name} from what the package index says")
+    commands.add_parser("sizes", help="print a table of what the wheels of every zip weigh")
+    for command in (builder, tester, locker):
         command.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX") or None, metavar="URL", help="index to take torch from")
-    builder.add_argument("--platform", choices=sorted(PLATFORMS), help="default: this machine's")
-    builder.add_argument("--python", choices=sorted(BLENDER_OF_PYTHON), help="default: this Python")
+    builder.add_argument("--platform", default="", help=f"{', '.join(PLATFORMS)}; default: this machine's")
+    builder.add_argument("--python", default="", help=f"{', '.join(BLENDER_OF_PYTHON)}; default: this Python")
+    builder.add_argument("--cuda", action="store_true", help="with a CUDA build of torch and NVIDIA's packages: gigabytes, into dist/cuda")
     tester.add_argument("--checkout", action="store_true", help="build nothing: test the checkout in this environment's Blender")
     arguments = parser.parse_args()
     try:
-        if getattr(arguments, "checkout", False):
-            return run_addon_tests(None)
-        if arguments.command == "validate":
-            validate()
-            print(f"{MANIFEST} is valid")
-            return 0
-        target = host_target() if not getattr(arguments, "platform", None) else Target(arguments.platform, host_target().python)
-        if getattr(arguments, "python", None):
-            target = Target(target.platform, arguments.python)
-        archive = build(target=target, torch_index=arguments.torch_index)
-        print(f"{archive.relative_to(ROOT)}  {archive.stat().st_size / 1e6:.0f} MB")
-        return run_addon_tests(archive) if arguments.command == "test" else 0
+        return run(arguments)
     except (ExtensionError, LookupError, ValueError) as error:
         print(f"make extension: {error}", file=sys.stderr)
         return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; the exit status."""
+    match arguments.command:
+        case "validate":
+            validate()
+            print(f"{MANIFEST} is valid")
+        case "lock":
+            return lock_wheels(arguments.torch_index)
+        case "sizes":
+            print(size_table())
+        case "index":
+            for path in index():
+                print(path.relative_to(ROOT))
+        case "test":
+            return run_addon_tests(None if arguments.checkout else build(torch_index=arguments.torch_index))
+        case "build":
+            here = None if arguments.platform and arguments.python else host_target()
+            target = Target(arguments.platform or here.platform, arguments.python or here.python, arguments.cuda)
+            archive = build(target=target, torch_index=arguments.torch_index)
+            print(f"{archive.relative_to(ROOT)}  {archive.stat().st_size / 1e6:.0f} MB")
+    return 0
 
 
 if __name__ == "__main__":

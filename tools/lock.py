@@ -2,6 +2,7 @@
 
 requirements.lock names every package of the environment with its exact version, and nothing else: no address, no path.
 `make lock` rewrites it from the environment in use, so that a fresh machine installs what was tested.
+extension.lock names every wheel of every extension zip with its size and hash; tools/extension.py writes it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,43 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+WHEEL_LOCK = ROOT / "extension.lock"
 
 HEADER = """\
 # Every package of the environment, as tested (Linux x86-64, Python 3.11). Written by `make lock`; installed by `make setup`.
 # Complete on purpose: `pip install --no-deps -r requirements.lock` brings nothing else, torch's own GPU packages aside.
 """
+
+WHEEL_HEADER = """\
+# Every wheel of every extension zip: file name, bytes, SHA-256. Written by `make lock-wheels`; a build refuses any other file.
+"""
+
+
+@dataclass(frozen=True)
+class LockedWheel:
+    """One wheel of extension.lock."""
+
+    file: str
+    size: int  # bytes
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return parse_wheel_filename(self.file)[0]
+
+    @property
+    def version(self) -> Version:
+        return parse_wheel_filename(self.file)[1]
 
 
 def read_project(root: Path = ROOT) -> dict:
@@ -100,6 +125,28 @@ def read_lock(path: Path = LOCK) -> dict[str, str]:
             raise ValueError(f"{path.name} line {number}: expected name==version, found {text!r}")
         pins[canonicalize_name(match[1])] = match[2]
     return pins
+
+
+def read_wheels(path: Path = WHEEL_LOCK) -> dict[str, list[LockedWheel]]:
+    """{label of a zip: its wheels} of extension.lock, {} where there is none. Raises ValueError for a file that is not such a lock."""
+    if not path.exists():
+        return {}
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {label: [LockedWheel(name, e["size"], e["sha256"]) for name, e in entries.items()] for label, entries in table.items()}
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} is not a lock of wheels ({error}): run `make lock-wheels`") from None
+
+
+def write_wheels(wheels: Mapping[str, Iterable[LockedWheel]], path: Path = WHEEL_LOCK) -> None:
+    """The inverse of read_wheels, sorted, so that a change shows as changed lines."""
+    text = WHEEL_HEADER
+    for label in sorted(wheels):
+        lines = (f'"{w.file}" = {{ size = {w.size}, sha256 = "{w.sha256}" }}\n' for w in sorted(wheels[label], key=lambda w: w.file))
+        text += f"\n[{label}]\n" + "".join(lines)
+    temporary = path.with_suffix(".lock.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def main() -> int:
