@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import extension
@@ -235,6 +237,63 @@ def test_a_cpu_build_of_torch_that_no_index_has_is_kept_in_the_lock_or_asked_for
 
 def test_the_documented_sizes_are_the_locks():
     assert extension.size_table() in (ROOT / "docs" / "extension.md").read_text(encoding="utf-8")
+
+
+def test_an_environment_with_a_cuda_build_of_torch_bundles_the_same(tmp_path, monkeypatch):
+    target = extension.Target("linux-x64", "3.11")
+    expected, here = extension.wheel_pins(target), metadata.distribution("torch")
+    folder = tmp_path / "torch-2.13.0.dist-info"
+    folder.mkdir()
+    lines = [
+        "Metadata-Version: 2.1",
+        "Name: torch",
+        f"Version: {expected['torch']}",
+        "Requires-Dist: nvidia-cudnn-cu13==9; sys_platform == 'linux'",
+    ]
+    lines += ["Requires-Dist: cuda-toolkit[cublas]==13", "Requires-Dist: triton==3", *(f"Requires-Dist: {need}" for need in here.requires)]
+    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert "triton==3" in metadata.requires("torch")
+    assert extension.wheel_pins(target) == expected
+
+
+LONG = "zz_tiny-1.0.dist-info/licenses/third_party/" + "deep/" * 20 + "duktape/LICENSE.txt"
+
+
+def long_wheel(folder: Path, *names: str) -> Path:
+    """A compressed wheel with these files and a module, all listed in its RECORD, and folders as entries."""
+    path = folder / "zz_tiny-1.0-py3-none-any.whl"
+    record = "".join(f"{name},sha256=abc,5\n" for name in ("zz_tiny.py", *names)) + "zz_tiny-1.0.dist-info/RECORD,,\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in (*names, "zz_tiny.py"):
+            file.writestr(name, f"{name}\n" * 40)
+            file.writestr(name.rpartition("/")[0] + "/", "") if "/" in name else None
+        file.writestr("zz_tiny-1.0.dist-info/RECORD", record)
+    return path
+
+
+def test_licences_with_long_paths_are_renamed_for_windows_and_nothing_else_changes(tmp_path):
+    short = "zz_tiny-1.0.dist-info/licenses/LICENSE"
+    wheel = long_wheel(tmp_path, LONG, short, LONG.replace("deep", "Deep"))
+    copy = extension.windows_wheel(wheel, tmp_path / "windows")
+    again = extension.windows_wheel(wheel, tmp_path / "again")
+    assert copy.read_bytes() == again.read_bytes() and copy.name == wheel.name
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(copy) as new:
+        assert new.testzip() is None and max(map(len, new.namelist())) <= extension.WINDOWS_PATH
+        texts = sorted(old.read(name) for name in old.namelist() if not name.endswith(("/", "RECORD")))
+        assert sorted(new.read(name) for name in new.namelist() if not name.endswith("RECORD")) == texts
+        assert new.getinfo(short).compress_size == old.getinfo(short).compress_size
+        recorded = [line.split(",") for line in new.read("zz_tiny-1.0.dist-info/RECORD").decode().splitlines()]
+        assert sorted(row[0] for row in recorded) == sorted(new.namelist())
+        assert all(row[1:] == ["sha256=abc", "5"] for row in recorded[:-1])
+
+
+def test_a_wheel_without_long_paths_is_taken_as_it_is_and_a_long_module_refused(tmp_path):
+    wheel = long_wheel(tmp_path, "zz_tiny-1.0.dist-info/licenses/LICENSE")
+    assert extension.windows_wheel(wheel, tmp_path / "windows") == wheel
+    with pytest.raises(extension.ExtensionError, match="too long for Blender on Windows: zz_tiny/deep"):
+        extension.windows_wheel(long_wheel(tmp_path, "zz_tiny/" + "deep/" * 30 + "module.py"), tmp_path / "windows")
 
 
 # Any target, and the index, on a project of a few bytes

@@ -7,9 +7,9 @@
     python tools/extension.py lock [--torch-index URL]
     python tools/extension.py sizes
 
-The zip holds the add-on, the generator, the starter model and unmodified wheels of what sampling imports, at the versions of
-requirements.lock and with the hashes of extension.lock. Validation, packing and the index are Blender's own tool's, which ships inside
-the bpy wheel.
+The zip holds the add-on, the generator, the starter model and unmodified wheels of what sampling imports (for Windows a few licences in
+them get shorter names), at the versions of requirements.lock and with the hashes of extension.lock. Validation, packing and the index are
+done by Blender's own tool, which ships inside the bpy wheel.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from lock import WHEEL_LOCK, LockedWheel, closure, read_lock, read_project, read_wheels, write_wheels
@@ -124,7 +125,12 @@ PLATFORMS = {
 
 # On the package index torch is a CUDA build for Linux and a CPU build elsewhere; Linux's CPU build has a version of its own.
 CUDA_PLATFORMS = ("linux-x64",)
+CUDA_PACKAGE = re.compile(r"(triton|nvidia|cuda)\b")
 CPU_VERSION = {"linux-x64": "+cpu"}
+
+# The longest path in a wheel for Windows, where a folder's path may have 247 characters. Of these Blender's folder takes 104
+# (C:\Users\...\AppData\Roaming\Blender Foundation\Blender\5.1\extensions\.local\lib\python3.13\site-packages\) and the user up to 20.
+WINDOWS_PATH = 123
 
 
 class ExtensionError(Exception):
@@ -181,7 +187,10 @@ def validate(root: Path = ROOT) -> None:
 def wheel_pins(target: Target) -> dict[str, str]:
     """{package: version} of every wheel in the zip: what the project's own requirements need at run time on `target`."""
     roots = [Requirement(line) for line in read_project()["project"]["dependencies"]]
-    pins = closure(roots, {"*": BLENDER_BRINGS, **NOT_IMPORTED}, target.markers())
+    # The environment's torch may be a CUDA build: what that needs beside is in extension.lock for the zips with CUDA alone.
+    torch_needs = (Requirement(line).name for line in metadata.requires("torch") or [])
+    left_out = {**NOT_IMPORTED, "torch": [*NOT_IMPORTED["torch"], *filter(CUDA_PACKAGE.match, torch_needs)]}
+    pins = closure(roots, {"*": BLENDER_BRINGS, **left_out}, target.markers())
     locked = read_lock()
     for name, version in pins.items():
         if locked.get(name) != version:
@@ -352,13 +361,63 @@ def size_table() -> str:
     for target in all_targets():
         first, last = BLENDER_OF_PYTHON[target.python]
         wheels = locked.get(target.label, [])
-        heavy = [wheel for wheel in wheels if re.match(r"(torch|triton|nvidia|cuda)\b", wheel.name)]
+        heavy = [wheel for wheel in wheels if wheel.name == "torch" or CUDA_PACKAGE.match(wheel.name)]
         blender = f"{first.removesuffix('.0')} to before {last.removesuffix('.0')}" if last else f"{first.removesuffix('.0')} and later"
         lines.append(f"| `{target.label}` | {blender} | {len(wheels)} | {megabytes(wheels):.0f} | {megabytes(heavy):.0f} |")
     return "\n".join(lines)
 
 
 # The zip
+
+
+def windows_wheel(wheel: Path, folder: Path) -> Path:
+    """`wheel`, or a copy in `folder` in which licences with long paths have short ones.
+
+    Windows takes 259 characters for a path, of which Blender's folder for packages needs up to 124. At the first file that it cannot write
+    Blender gives up the whole wheel, and torch's has licences of 167. Everything else in the copy is the bytes of the original.
+    """
+    with zipfile.ZipFile(wheel) as old:
+        names = {}
+        for name in old.namelist():
+            head, licences, _ = name.partition(".dist-info/licenses/")
+            if len(name) <= WINDOWS_PATH or name.endswith("/"):
+                continue
+            if not licences:
+                raise ExtensionError(f"{wheel.name} has a path too long for Blender on Windows: {name}")
+            parent, last = name.split("/")[-2:]
+            names[name] = f"{head}{licences}{hashlib.sha256(name.encode()).hexdigest()[:8]}-{parent}-{last}"
+        if not names:
+            return wheel
+        folder.mkdir(parents=True, exist_ok=True)
+        copy = folder / wheel.name
+        with zipfile.ZipFile(copy, "w") as new:
+            for entry in old.infolist():
+                if entry.filename.endswith(".dist-info/RECORD"):
+                    lines = old.read(entry).decode("utf-8").splitlines(keepends=True)
+                    rows = ((line.rpartition(",")[0].rpartition(",")[0].strip('"'), line) for line in lines)
+                    record = "".join(line.replace(name, names.get(name, name), 1) for name, line in rows)
+                    new.writestr(zipfile.ZipInfo(entry.filename, entry.date_time), record)
+                elif not entry.is_dir():
+                    copy_entry(old, entry, new, names.get(entry.filename, entry.filename))
+    return copy
+
+
+def copy_entry(old: zipfile.ZipFile, entry: zipfile.ZipInfo, new: zipfile.ZipFile, name: str) -> None:
+    """Append a file of `old` to `new` as it is compressed: compressing again takes minutes and depends on the version of zlib."""
+    old.fp.seek(entry.header_offset + 26)
+    skip = int.from_bytes(old.fp.read(2), "little") + int.from_bytes(old.fp.read(2), "little")
+    old.fp.seek(entry.header_offset + 30 + skip)
+    info = zipfile.ZipInfo(name, entry.date_time)
+    info.compress_type, info.external_attr, info.create_system = entry.compress_type, entry.external_attr, entry.create_system
+    info.CRC, info.compress_size, info.file_size = entry.CRC, entry.compress_size, entry.file_size
+    new.fp.seek(new.start_dir)
+    info.header_offset = new.fp.tell()
+    new.fp.write(info.FileHeader())
+    for start in range(0, entry.compress_size, 1 << 20):
+        new.fp.write(old.fp.read(min(1 << 20, entry.compress_size - start)))
+    new.filelist.append(info)
+    new.NameToInfo[name] = info
+    new.start_dir, new._didModify = new.fp.tell(), True
 
 
 def built_manifest(source: str, target: Target, wheels: list[str]) -> str:
@@ -431,7 +490,10 @@ def build(root: Path = ROOT, target: Target | None = None, torch_index: str | No
     work = root / "build" / "extension" / target.label
     # A repository offers a Blender one zip, so those with CUDA are a repository of their own.
     result = root / "dist" / ("cuda" if target.cuda else "") / f"{manifest['id']}-{manifest['version']}-{target.label}.zip"
-    stage(root, work, target, fetch_wheels(target, root / "build" / "wheels", torch_index))
+    wheels = fetch_wheels(target, root / "build" / "wheels", torch_index)
+    if target.platform == "windows-x64":
+        wheels = [windows_wheel(wheel, root / "build" / "wheels" / "windows") for wheel in wheels]
+    stage(root, work, target, wheels)
     state, built_from = digest(work), work.with_suffix(".sha256")
     if not (result.exists() and built_from.exists() and built_from.read_text() == state):
         result.parent.mkdir(parents=True, exist_ok=True)
