@@ -570,7 +570,8 @@ def main() -> int:
     try:
         return run(arguments)
     except (ExtensionError, LookupError, ValueError) as error:
-        print(f"make extension: {error}", file=sys.stderr)
+        target = {"validate": "lint", "index": "index", "lock": "lock-wheels", "test": "test"}.get(arguments.command, "extension")
+        print(f"make {target}: {error}", file=sys.stderr)
         return 1
 
 
