@@ -23,7 +23,7 @@ override PLATFORM := $(value PLATFORM)
 export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS PLATFORM BLENDER_PYTHON
 export TORCH_INDEX PYTHON311 PYTHON313
 
-.PHONY: help setup infinigen generate batch train test test-blender lint bench extension index lock lock-wheels clean
+.PHONY: help setup infinigen generate batch train test test-blender lint bench extension index docs lock lock-wheels clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ extension: $(STAMP) ## the zip in dist/, for this machine or [PLATFORM=linux-x64
 index: $(STAMP) ## dist/index.json: with the zips beside it, a repository that Blender installs and updates from
 	@$(RUN) tools/extension.py index
 
+docs: ## the documentation site in site/, built strictly, in an environment of its own (.venv-docs, 165 MB)
+	@"$(PYTHON)" tools/pages.py
+
 lock: $(STAMP) ## rewrite requirements.lock from the environment in use
 	@$(RUN) tools/lock.py
 
@@ -84,5 +87,5 @@ lock-wheels: $(STAMP) ## rewrite extension.lock, the wheels of every extension z
 	@$(RUN) tools/extension.py lock
 
 clean: ## remove what builds and runs leave behind; keeps .venv, out and trained models
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

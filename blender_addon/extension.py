@@ -1,9 +1,7 @@
-"""Where the extension lives and what it is: package name, folders, version, chosen model and device."""
+"""Where the extension lives: package name, folders, chosen model and device."""
 
 from __future__ import annotations
 
-import tomllib
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +12,6 @@ if TYPE_CHECKING:
 PACKAGE = __package__.rpartition(".")[0]
 FOLDER = Path(__file__).resolve().parent.parent
 STARTER_MODEL = FOLDER / "models" / "starter"
-
-
-@cache
-def version() -> str:
-    """The version that the manifest states."""
-    with open(FOLDER / "blender_manifest.toml", "rb") as file:
-        return tomllib.load(file)["version"]
 
 
 def model_folder(context: bpy.types.Context) -> Path:

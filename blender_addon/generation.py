@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..generator.errors import Cancelled, InputError
-from . import edits, extension, service
+from ..generator.version import program_version
+from . import edits, service
 from .job import Report
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
             guidance=one.guidance,
             model_name=info.name,
             model_hash=info.sha256,
-            program_version=extension.version(),
+            program_version=program_version(),
             mix_prompt=one.mix_prompt,
             mix_weight=one.mix_weight,
             layout_id=pipe.layout.id,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import Cancelled, InputError, WorkError
+from .version import program_version
 
 if TYPE_CHECKING:
     from .gaussians import Gaussians
@@ -352,22 +353,6 @@ def _convert(arguments: list[str]) -> None:
 def _numbered(name: str, count: int) -> list[Path]:
     path = Path(name)
     return [path] if count == 1 else [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
-
-
-def program_version() -> str:
-    """The version of the program: what the manifest beside this package says, else that of the installed distribution."""
-    import tomllib
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        with open(Path(__file__).resolve().parent.parent / "blender_manifest.toml", "rb") as stream:
-            return str(tomllib.load(stream)["version"])
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return version("gaussian-atlas")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _short(value: object) -> str:

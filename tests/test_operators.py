@@ -45,7 +45,7 @@ def test_generate_makes_a_splat_object_with_its_provenance(bpy, fake_model, exte
     assert (stored.prompt, stored.negative_prompt, stored.seed, stored.steps) == ("a red armchair", "wood", 7, 3)
     assert stored.model_name == "fake" and stored.guidance == pytest.approx(2.7)
     assert stored.model_hash == hashlib.sha256((fake_model.folder / "bundle.json").read_bytes()).hexdigest()
-    assert stored.program_version == extension("blender_addon.extension").version()
+    assert stored.program_version == extension("generator.version").program_version()
 
 
 def test_count_gives_a_grid_of_consecutive_seeds(bpy, fake_model):
