@@ -241,9 +241,12 @@ def large(options: argparse.Namespace) -> None:
     report("sample-large", rows, f"{note}, median of {options.repeats}")
 
 
+PARTS = {"steps": steps, "settings": settings, "large": large}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("steps", "settings", "large"))
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all", help="(default: all)")
     parser.add_argument("--model", type=Path, default=MODEL, help=f"a bundle (default: {MODEL})")
     parser.add_argument("--repeats", type=int, default=5, help="timed objects (default: 5)")
     parser.add_argument("--prompts", type=int, default=4, help=f"steps: prompts, {len(PROMPTS)} at most (default: 4)")
@@ -257,7 +260,8 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, help="steps: a judge's file (trainer.evaluate.judge), whose scores are then told too")
     parser.add_argument("--pictures", type=Path, help="steps: folder for a picture of every solver")
     options = parser.parse_args()
-    {"steps": steps, "settings": settings, "large": large}[options.part](options)
+    for name in PARTS if options.part == "all" else (options.part,):
+        PARTS[name](options)
 
 
 if __name__ == "__main__":
