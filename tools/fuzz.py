@@ -200,8 +200,6 @@ def readers(folder: Path) -> dict[str, Reader]:
     (shard,) = (folder / "shards").glob("*.tar")
 
     def read_shard(path: Path) -> None:
-        from generator.atlas import Atlas  # noqa: F401  (loaded before memory is bounded)
-
         atlases = ShardedAtlases(path.parent, normalization())
         for index in range(len(atlases)):
             atlases[[index]]
@@ -263,7 +261,7 @@ def work(name: str, start: int, count: int, seed: int, pipe: object) -> None:
         (Path(place) / "seeds").mkdir()
         reader = readers(Path(place) / "seeds")[name]
         for payload in reader.seeds:  # what reading loads is loaded, and the examples are good
-            _read(reader, payload, Path(place))
+            read(reader, payload, Path(place))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         for index in range(start, count):
@@ -272,7 +270,7 @@ def work(name: str, start: int, count: int, seed: int, pipe: object) -> None:
             began, outcome = time.perf_counter(), "read"
             try:
                 signal.alarm(SECONDS)
-                _read(reader, payload, Path(place))
+                read(reader, payload, Path(place))
             except InputError as error:
                 outcome = "refused" if "\n" not in str(error) else f"more than one line: {error}"
             except Slow:
@@ -287,7 +285,8 @@ def work(name: str, start: int, count: int, seed: int, pipe: object) -> None:
     pipe.send((count, "done", 0.0))
 
 
-def _read(reader: Reader, payload: bytes, place: Path) -> None:
+def read(reader: Reader, payload: bytes, place: Path) -> None:
+    """Let a reader read one file, in a folder of its own."""
     with tempfile.TemporaryDirectory(dir=place) as own:
         path = Path(own) / (reader.name or f"file{reader.suffix}")
         path.write_bytes(payload)
