@@ -45,6 +45,7 @@ def split(gaussians: Gaussians, count: int) -> Gaussians:
     return gaussians
 
 
+@torch.no_grad()
 def main() -> None:
     options = arguments(__doc__, size=64).parse_args()
     layout = AtlasLayout.load_default(options.size)
@@ -77,5 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

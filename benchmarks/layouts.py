@@ -29,6 +29,7 @@ def seam_step(atlas: Atlas) -> float:
     return float(((values[:, :, 0] - values[:, :, -1]).abs().mean(1) / values.diff(dim=2).abs().mean((1, 2)).clamp_min(1e-9)).mean())
 
 
+@torch.no_grad()
 def main() -> None:
     options = arguments(__doc__, size=128).parse_args()
     layouts = {projection: AtlasLayout.load_default(options.size, projection) for projection in PROJECTIONS}
@@ -63,5 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

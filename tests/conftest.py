@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,18 @@ def _tool(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    """A test that leaves torch's global switches changed fails itself, instead of every one after it."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        assert enabled and dtype == torch.float32, "gradients were left off, or the default type changed"
 
 
 @pytest.fixture(scope="session")
