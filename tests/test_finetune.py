@@ -121,6 +121,37 @@ def test_text_dropout_share():
     assert 0.16 < dropped.float().mean() < 0.24
 
 
+def test_text_noise_is_one_for_all_tokens_of_a_sample_and_leaves_the_rest_alone():
+    trained = data()
+    trained.features[:, 3] = 0  # padding
+    plain, noisy = (Trainer(replace(CONFIG, text_noise=noise), trained, "unused") for noise in (0.0, 0.5))
+    before, after = (trainer.batch(3, trainer.train_rows, 64) for trainer in (plain, noisy))
+    for name in ("clean", "noise", "timesteps", "views"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    added = after.text - before.text
+    prompted = (before.text != 0).any(-1).any(-1)
+    assert not added[~prompted].any() and not added[:, 3].any()
+    torch.testing.assert_close(added[prompted, 0], added[prompted, 2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(added[prompted, 0].std(), 0.5 * before.text[prompted, :3].square().mean().sqrt(), rtol=0.1, atol=0)
+    assert len(added[prompted, 0, 0].unique()) == prompted.sum(), "every sample has its own"
+    half = noisy.batch(3, noisy.train_rows, 64, slice(32, 64))
+    assert torch.equal(half.text, after.text[32:]), "a process that takes a share draws what one alone would"
+    assert torch.equal(noisy.batch(-1, noisy.validation_rows, 4).text, plain.batch(-1, plain.validation_rows, 4).text)
+
+
+def test_noise_first_draws_more_of_high_noise_in_training_alone():
+    trainer = Trainer(replace(CONFIG, noise_first=2.0), data(), "unused")
+    timesteps = torch.cat([trainer.batch(step, trainer.train_rows, 64).timesteps for step in range(20)])
+    # The share below t is 1 - sqrt(1 - t) for the square.
+    for share in (0.25, 0.5, 0.75, 0.9):
+        assert (timesteps < 1000 * share).float().mean() == pytest.approx(1 - (1 - share) ** 0.5, abs=0.02)
+    assert timesteps.max() <= 999
+    held = torch.cat([trainer.batch(-1 - i, trainer.validation_rows, 64).timesteps for i in range(20)])
+    assert (held < 500).float().mean() == pytest.approx(0.5, abs=0.02)
+    with pytest.raises(InputError, match="noise_first"):
+        replace(CONFIG, noise_first=0.5)
+
+
 def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
     trainer = Trainer(CONFIG, data(), tmp_path)
     list(trainer.run(progress=False))
