@@ -121,22 +121,28 @@ def test_text_dropout_share():
     assert 0.16 < dropped.float().mean() < 0.24
 
 
-def test_text_noise_is_one_for_all_tokens_of_a_sample_and_leaves_the_rest_alone():
-    trained = data()
-    trained.features[:, 3] = 0  # padding
-    plain, noisy = (Trainer(replace(CONFIG, text_noise=noise), trained, "unused") for noise in (0.0, 0.5))
-    before, after = (trainer.batch(3, trainer.train_rows, 64) for trainer in (plain, noisy))
-    for name in ("clean", "noise", "timesteps", "views"):
-        assert torch.equal(getattr(before, name), getattr(after, name)), name
-    added = after.text - before.text
-    prompted = (before.text != 0).any(-1).any(-1)
-    assert not added[~prompted].any() and not added[:, 3].any()
-    torch.testing.assert_close(added[prompted, 0], added[prompted, 2], atol=1e-6, rtol=0)
-    torch.testing.assert_close(added[prompted, 0].std(), 0.5 * before.text[prompted, :3].square().mean().sqrt(), rtol=0.1, atol=0)
-    assert len(added[prompted, 0, 0].unique()) == prompted.sum(), "every sample has its own"
-    half = noisy.batch(3, noisy.train_rows, 64, slice(32, 64))
-    assert torch.equal(half.text, after.text[32:]), "a process that takes a share draws what one alone would"
-    assert torch.equal(noisy.batch(-1, noisy.validation_rows, 4).text, plain.batch(-1, plain.validation_rows, 4).text)
+def test_plain_captions_and_own_colours_come_more_often():
+    """12 objects of 4 rows, the first in its own colours; caption k of row r is text 4 r + k."""
+    atlases = torch.zeros(48, 16, 8, 8)
+    atlases[:, 0] = torch.arange(48)[:, None, None]
+    features = torch.arange(4 * 48).reshape(-1, 1, 1).expand(-1, 4, 12) + 1.0
+    captions = [[4 * row + k for k in range(4)] for row in range(48)]
+    many = TrainingData(atlases, captions, features, [f"object-{row // 4}" for row in range(48)], torch.zeros(4, 12))
+
+    def drawn(**changes) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer = Trainer(replace(CONFIG, text_dropout=0.0, validation_share=0.0, **changes), many, "unused")
+        batches = [trainer.batch(step, trainer.train_rows, 64) for step in range(40)]
+        rows = torch.cat([batch.clean[:, 0, 0, 0] for batch in batches]).long()
+        text = torch.cat([batch.text[:, 0, 0] for batch in batches]).long() - 1
+        assert torch.equal(text // 4, rows), "every atlas under its own captions"
+        return rows, text % 4
+
+    rows, picks = drawn()
+    assert (rows % 4 == 0).float().mean() == pytest.approx(0.25, abs=0.03) and (picks == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    rows, picks = drawn(plain_first=2.0, own_colours=0.4)
+    assert (rows % 4 == 0).float().mean() == pytest.approx(0.4 + 0.6 / 4, abs=0.03)
+    assert (picks == 0).float().mean() == pytest.approx(0.5, abs=0.03)
+    assert torch.bincount(rows // 4, minlength=12).float().div(len(rows)).sub(1 / 12).abs().max() < 0.02, "objects stay equally often"
 
 
 def test_noise_first_draws_more_of_high_noise_in_training_alone():

@@ -80,9 +80,8 @@ class FinetuneConfig:
     render_size: int = 64  # pixels
     distill_guidance: float = 0.0  # above 1: learn what `base`, a bundle, predicts under guidance of up to this, in one prediction
     text_dropout: float = 0.2  # share of samples trained without a prompt, for classifier-free guidance
-    # Noise on a prompt's features, the same for all its tokens, in root mean squares of these: a few thousand captions are else learned by
-    # heart, and others mean little (as ridge regression, Bishop 1995)
-    text_noise: float = 0.0
+    plain_first: float = 1.0  # above 1 an object's first captions, its plainest, are learned more often: 2 gives the first quarter half
+    own_colours: float = 0.0  # share of samples that are put back into their objects' own colours, where these are repainted copies
     noise_first: float = 1.0  # above 1 more samples are of high noise, where what an object is gets decided: 2 doubles the noisiest quarter
     batch_size: int = 64  # samples a step, over all processes
     micro_batch: int = 0  # samples at once in a process, gradients add up over the rest; 0 takes all: more needs more memory
@@ -115,10 +114,12 @@ class FinetuneConfig:
             raise InputError("distill_guidance must be above 1 and needs a bundle as base and lora_rank 0: the whole network learns")
         if len(self.channel_weights) != len(ATTRIBUTES):
             raise InputError(f"channel_weights needs one number for each of {', '.join(ATTRIBUTES)}")
+        if self.own_colours >= 1:
+            raise InputError(f"own_colours must be in [0, 1), got {self.own_colours}: repainted copies are learned from too")
         if not 0 <= self.text_dropout < 1:
             raise InputError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
-        leasts = {"batch_size": 1, "noise_first": 1, "text_noise": 0, "wrap": 0, "micro_batch": 0, "lora_rank": 0, "prefetch": 0}
-        leasts |= {"render_most": 1, "render_size": 8}
+        leasts = {"batch_size": 1, "noise_first": 1, "plain_first": 1, "own_colours": 0, "wrap": 0, "micro_batch": 0, "lora_rank": 0}
+        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8}
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -208,18 +209,21 @@ class Trainer:
     def batch(self, step: int, rows: Tensor, size: int, share: slice = _ALL) -> Batch:
         """What step `step` trains on; a process may take a share of it, which is drawn like the whole and read alone.
 
-        Below 0 it is for validation: all timesteps alike, text as it is.
+        Below 0 it is for validation: everything equally often.
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         chosen = rows[torch.randint(len(rows), (size,), generator=generator)]
+        if config.own_colours and step >= 0:
+            chosen = self._with_own_colours(chosen, generator)
         seeds = torch.randint(2**62, (size,), generator=generator)
         # One timestep in each of B equal strata: the same mean, less spread between steps (Kingma et al. 2021, appendix I).
         strata = (torch.arange(size) + torch.rand(size, generator=generator)) / size
         if step >= 0 and config.noise_first > 1:
             strata = (1 - (1 - strata) ** config.noise_first).clamp_max(1 - 1e-6)
         timesteps = (strata * len(self.alphas)).long()[torch.randperm(size, generator=generator)]
-        picks = torch.rand(size, generator=generator)[share].tolist()
+        picks = torch.rand(size, generator=generator)[share]
+        picks = (picks if step < 0 else picks**config.plain_first).tolist()
         dropped = (torch.rand(size, generator=generator) < config.text_dropout)[share]
         views = torch.rand(size, 5, generator=generator)[share]
         # A tenth at 1 exactly: of these predictions negative prompts are made.
@@ -230,14 +234,16 @@ class Trainer:
         noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds[share]])
         captions = [self.data.captions[row] for row in chosen]
         text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks, strict=True)]].float()
-        if config.text_noise and step >= 0:
-            # Padding, where it is zero, stays zero. A generator of their own for each sample: the others' numbers stay as they were.
-            aside = [torch.randn(text.shape[-1], generator=torch.Generator().manual_seed(int(s) ^ 1)) for s in seeds[share]]
-            tokens = (text != 0).any(-1, keepdim=True)
-            size_of = (text.square().sum((1, 2)) / (tokens.sum((1, 2)) * text.shape[-1]).clamp_min(1)).sqrt()
-            text = text + config.text_noise * tokens * size_of[:, None, None] * torch.stack(aside)[:, None]
         text = torch.where(dropped[:, None, None], self.data.unconditional.to(text), text)
         return Batch(*(tensor.to(self.device) for tensor in (clean, noise, timesteps[share], text, views, guidance)))
+
+    def _with_own_colours(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows [B], that share of them replaced by the first row of the same objects: what comes after it is repainted."""
+        first: dict[str, int] = {}
+        for row, name in enumerate(self.data.ids):
+            first.setdefault(name, row)
+        originals = torch.tensor([first[self.data.ids[row]] for row in chosen.tolist()])
+        return torch.where(torch.rand(len(chosen), generator=generator) < self.config.own_colours, originals, chosen)
 
     def loss(self, batch: Batch, model: torch.nn.Module | None = None, render_factor: float = 0.0) -> Tensor:
         """Weighted v-prediction loss (equation 3 of the paper; Salimans and Ho 2022) and losses on renders: a scalar.

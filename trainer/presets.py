@@ -158,7 +158,7 @@ EVERYDAY = replace(
     include="",
     exclude=_UNUSABLE,
     never_recolour=_NATURAL,
-    finetune=replace(STARTER.finetune, wrap=2, prior=True, text_noise=0.4, noise_first=2.0, validation_share=0.1),
+    finetune=replace(STARTER.finetune, wrap=2, prior=True, noise_first=2.0, plain_first=2.0, own_colours=0.3, validation_share=0.1),
     guidance_scale=2.0,
     damping_variance=0.3,
     version="0.2.0",
