@@ -160,6 +160,16 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(one[name], several[name]) for name in NAMES)
 
 
+def test_drawing_leaves_torch_its_threads():
+    code = (
+        "import torch; from generator.gaussians import Gaussians; from generator.render import Cameras, render; torch.set_num_threads(1);"
+        "g = Gaussians(*(torch.rand(9, n) for n in (3, 4, 3)), torch.rand(9), torch.rand(9, 3));"
+        "g = g.replace(means=g.means.requires_grad_()); render(g, Cameras.orbit(1, 16)).rgb.sum().backward();"
+        "import numba; assert numba.threading_layer(); assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_positional_gradients_are_there_for_densification():
     gaussians, cameras = SCENES["cloud"]
     gaussians = gaussians.replace(means=gaussians.means.clone().requires_grad_())

@@ -135,7 +135,10 @@ def test_a_bundle_is_gone_on_from_with_ones_own_objects(run, tmp_path):
     before, after = (GaussianAtlasPipeline.from_pretrained(folder / "bundle") for folder in (run, own))
     assert torch.equal(before.normalization.mean, after.normalization.mean)
     assert after.info["trained_on"]["base"]["sha256"] == before.info["files"]["unet/diffusion_pytorch_model.safetensors"]["sha256"]
-    assert after.info["trained_on"]["base"]["name"] == "bundle" and str(tmp_path) not in json.dumps(after.info)
+    assert after.info["trained_on"]["base"]["name"] == before.name and str(tmp_path) not in json.dumps(after.info)
+    assert after.info["trained_on"]["base"]["trained_on"] == before.info["trained_on"], "no link of the chain is lost"
+    licences = after.info["licence"].split(" AND ")
+    assert len(set(licences)) == len(licences), "each licence once"
     old, new = before.unet.state_dict(), after.unet.state_dict()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed and all(".attn" in name for name in changed)

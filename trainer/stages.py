@@ -450,7 +450,8 @@ def pack(preset: Preset, run: Path) -> None:
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
     base = _base_record(config)
-    licences = {licence for _, licence in libraries if not licence.startswith("CC0")} | ({base["licence"]} if config.base else set())
+    licences = {licence for _, licence in libraries} | (set(base["licence"].split(" AND ")) if config.base else set())
+    licences = {licence for licence in licences if not licence.startswith("CC0")}
     info = {
         "name": f"gaussian-atlas-{preset.name}",
         "version": preset.version,
@@ -508,7 +509,11 @@ def _base_record(config: FinetuneConfig) -> dict | str:
         raise InputError(f"the card of base {config.base!r} names no licence: say it with --finetune.base-licence")
     # A folder of this machine means nothing to others: its name is enough beside the hash.
     name = config.base if not Path(config.base).exists() else Path(config.base).name
-    return {"name": name, "sha256": base.sha256, "licence": licence, "prediction_type": base.prediction_type}
+    record = {"name": name, "sha256": base.sha256, "licence": licence, "prediction_type": base.prediction_type}
+    if base.bundle is not None:
+        # And what it was made from in turn: no link of the chain is lost.
+        record |= {"name": base.bundle.name, "trained_on": base.bundle.info["trained_on"]}
+    return record
 
 
 def evaluate(preset: Preset, run: Path) -> None:

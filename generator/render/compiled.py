@@ -22,6 +22,12 @@ from ..gaussians import Gaussians
 from .cameras import Cameras
 from .ewa import ALPHA_CUT, ALPHA_MAX, LOW_PASS, MARGIN, NEAR
 
+# Starting numba's threads sets OpenMP's number for torch as well: a training process that was given one core would from its first
+# picture on fight its neighbours for theirs.
+_threads = torch.get_num_threads()
+numba.get_num_threads()
+torch.set_num_threads(_threads)
+
 # One vector wide: splats of a few pixels then waste the fewest lanes.
 _WIDE, _HIGH = 8, 16
 _PIXELS = _WIDE * _HIGH
