@@ -52,8 +52,10 @@ def generate(options: argparse.Namespace) -> int:
     """The `generate` command."""
     model = Path(options.model) if options.model else _preferred_model()
     prompts = _read_prompts(Path(options.prompts)) if options.prompts is not None else [options.prompt]
-    requests = [one for prompt in prompts for one in _request(prompt, model, options).each()]
     info = service.describe(model)
+    if options.guidance is None:
+        options.guidance = float(info.defaults.get("guidance_scale", 3.5))
+    requests = [one for prompt in prompts for one in _request(prompt, model, options).each()]
     out = _output_folder(Path(options.out))
     # Many prompts are continued by default; a single one was asked for now.
     resume = options.resume if options.resume is not None else options.prompts is not None
@@ -366,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="seed of the first object of each prompt (default: 0)")
     command.add_argument("--count", type=int, default=1, help="objects a prompt, with consecutive seeds (default: 1)")
     command.add_argument("--steps", type=int, default=20, help="solver steps (default: 20)")
-    command.add_argument("--guidance", type=float, default=3.5, help="classifier-free guidance (default: 3.5)")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance (default: the model's, usually 3.5)")
     command.add_argument("--model", metavar="DIR", help="model folder (default: the one chosen in the preferences)")
     command.add_argument("--out", default="out", metavar="DIR", help="folder for the files (default: out)")
     command.add_argument(

@@ -38,7 +38,7 @@ class Request:
     negative_prompt: str = ""
     seed: int = 0  # 0 .. 2^31 - 1
     steps: int = 20  # solver steps, at least 1
-    guidance: float = 3.5  # classifier-free guidance, at least 0; 1 is without
+    guidance: float = 2.0  # classifier-free guidance, at least 0; 1 is without
     count: int = 1
     device: str = "auto"  # "auto", "cpu" or "cuda"
     mix_prompt: str = ""  # a second prompt to mix in

@@ -54,7 +54,12 @@ class GaussianAtlasSettings(bpy.types.PropertyGroup):
         soft_max=50,
     )
     guidance: FloatProperty(
-        name="Guidance", description="How strongly the prompt steers; 1 is without guidance", default=3.5, min=0.0, max=30.0, soft_max=10.0
+        name="Guidance",
+        description="How strongly the prompt steers; 1 is without guidance. 2 suits the starter model, 3.5 most others",
+        default=2.0,
+        min=0.0,
+        max=30.0,
+        soft_max=10.0,
     )
     count: IntProperty(name="Count", description="Objects to generate, with consecutive seeds", default=1, min=1, max=1000, soft_max=8)
     mix_prompt: StringProperty(

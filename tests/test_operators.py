@@ -174,7 +174,7 @@ def interface(bpy, generate, base):
     class Stand(SimpleNamespace):
         """Takes the operator's place: its methods, without Blender's instance behind them."""
 
-    values = {"prompt": "", "negative_prompt": "", "seed": 0, "steps": 20, "guidance": 3.5, "count": 1}
+    values = {"prompt": "", "negative_prompt": "", "seed": 0, "steps": 20, "guidance": 2.0, "count": 1}
     values |= {"mix_prompt": "", "mix_weight": 0.5, "edit": ""}
     stand = Stand(**values, job_name="Generation", _job=None, _finishing=None, messages=[])
     stand.properties = SimpleNamespace(is_property_set=lambda name: False)

@@ -16,7 +16,7 @@ from generator.errors import InputError
 from generator.model.bundle import load_bundle
 from generator.model.folding import fold
 from generator.model.pipeline import GaussianAtlasPipeline
-from generator.model.prior import AtlasPrior, PriorAccumulator, damping
+from generator.model.prior import AtlasPrior, PriorAccumulator, cosine_transform, damping, quieter
 from generator.tensors import save_tensors
 from tests.test_finetune import CONFIG, data
 from tests.test_pipeline import ExactUNet, exact_pipeline
@@ -185,6 +185,27 @@ def test_damped_samples_are_smooth():
     accumulator.update(values)
     power = accumulator.result().covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     assert power[damping(32, 2.0, 0.0) == 0].sum() < 0.02 * power.sum()
+
+
+def test_quieter_noise_is_less_at_low_frequencies_alone():
+    noise = torch.randn(CHANNELS, 16, 16, generator=torch.Generator().manual_seed(3))
+    less = quieter(noise, 2.0, 0.5)
+    before, after = (torch.fft.rfft(cosine_transform(16) @ x, norm="ortho").abs() for x in (noise, less))
+    low = damping(16, 2.0, 0.0) == 1
+    torch.testing.assert_close(after[:, low], 0.5 * before[:, low], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(after[:, ~low], before[:, ~low], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(quieter(noise, 2.0, 1.0), noise)
+
+
+def test_objects_are_more_alike_with_quieter_noise():
+    """Where the prior alone draws, what differs between seeds at low frequencies is what the noise differed in."""
+    spread = []
+    for deviation in (1.0, 0.5):
+        pipeline = correcting(Silent, {"damping": {"above": 2.0, "variance": 0.0, "noise": deviation}})
+        made = pipeline(["a chair"] * 2, num_inference_steps=20, guidance_scale=1.0).atlases
+        first, second = (normalization().normalize(atlas.values) for atlas in made)
+        spread.append((first - second).std().item())
+    assert spread[1] == pytest.approx(0.5 * spread[0], rel=0.1)
 
 
 def test_guidance_goes_as_far_with_a_prior_as_without():

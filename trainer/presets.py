@@ -77,6 +77,7 @@ class Preset:
     guidance_scale: float = 3.5  # classifier-free guidance of the bundle
     damping_above: float = 2.0  # frequency, in turns round the atlas, beyond which sampling expects less of the prior than it says
     damping_variance: float = 1.0  # the share of its variance that is expected there; 1 expects all
+    damping_noise: float = 1.0  # deviation of the noise that sampling begins with, up to that frequency: less is more typical
     version: str = "0.1.0"  # of the bundle
 
     def __post_init__(self) -> None:
@@ -161,6 +162,7 @@ EVERYDAY = replace(
     finetune=replace(STARTER.finetune, wrap=2, prior=True, noise_first=2.0, plain_first=2.0, own_colours=0.3, validation_share=0.1),
     guidance_scale=2.0,
     damping_variance=0.3,
+    damping_noise=0.5,
     version="0.2.0",
 )
 

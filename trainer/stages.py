@@ -563,8 +563,9 @@ def _prior(preset: Preset, run: Path) -> AtlasPrior | None:
 
 
 def _damping(preset: Preset) -> dict:
-    damped = preset.finetune.prior and preset.damping_variance < 1
-    return {"damping": {"above": preset.damping_above, "variance": preset.damping_variance}} if damped else {}
+    damped = preset.finetune.prior and min(preset.damping_variance, preset.damping_noise) < 1
+    values = {"above": preset.damping_above, "variance": preset.damping_variance, "noise": preset.damping_noise}
+    return {"damping": values} if damped else {}
 
 
 def _finished(directory: Path, suffix: str, stage: str) -> list[Path]:

@@ -120,7 +120,7 @@ class GenerateOperator(NewObjects, bpy.types.Operator):
     negative_prompt: StringProperty(name="Negative Prompt")
     seed: IntProperty(name="Seed", min=0, max=SEED_MAX)
     steps: IntProperty(name="Steps", default=20, min=1, max=1000)
-    guidance: FloatProperty(name="Guidance", default=3.5, min=0.0, max=30.0)
+    guidance: FloatProperty(name="Guidance", default=2.0, min=0.0, max=30.0)
     count: IntProperty(name="Count", default=1, min=1, max=1000)
     mix_prompt: StringProperty(name="Mix With")
     mix_weight: FloatProperty(name="Weight", default=0.5, min=0.0, max=1.0)

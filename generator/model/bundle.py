@@ -280,10 +280,10 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
 def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict, info: dict) -> None:
     damped = info.get("damping")
     if damped is not None:
-        values = [damped.get(key) for key in ("above", "variance")] if isinstance(damped, dict) else [None]
+        values = [damped.get("above"), damped.get("variance"), damped.get("noise", 1.0)] if isinstance(damped, dict) else [None]
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in values)
-        if prior is None or not numbers or values[1] > 1:
-            raise InputError(f"{directory}: damping needs a prior, above (at least 0) and variance (0 to 1), got {damped!r}")
+        if prior is None or not numbers or max(values[1:]) > 1:
+            raise InputError(f"{directory}: damping needs a prior, above (at least 0), variance and noise (0 to 1), got {damped!r}")
     if prior is None:
         return
     if (prior.layout_id, prior.size) != (layout.id, layout.size):

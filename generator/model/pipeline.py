@@ -28,7 +28,7 @@ from .bundle import find_bundle, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
-from .prior import AtlasPrior, damping
+from .prior import AtlasPrior, damping, quieter
 from .text import TextEncoder
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class GaussianAtlasPipeline:
         self.prior = None if prior is None else prior.to(unet.device)
         damped = info.get("damping")
         self._damping = damping(layout.size, damped["above"], damped["variance"]).to(unet.device) if damped else None
+        self._noise = (damped["above"], damped.get("noise", 1.0)) if damped else (0.0, 1.0)
         self.load_seconds = 0.0
 
     @classmethod
@@ -319,6 +320,8 @@ class GaussianAtlasPipeline:
         size = self.layout.size
         # On the CPU and one generator each: an object must depend neither on its neighbours nor on the device's generator.
         noise = [torch.randn(CHANNELS, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        if self._noise[1] != 1:
+            noise = [quieter(one, *self._noise) for one in noise]
         noise = fold(torch.stack(noise), factor).to(self.unet.device) * scheduler.init_noise_sigma
         latents, clean, keep = noise, None, None
         error, kind = None, scheduler.config.prediction_type

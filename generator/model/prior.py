@@ -165,9 +165,23 @@ def damping(size: int, above: float, variance: float) -> Tensor:
     What the network does not know of the fine structure, the prior makes up at random: splats that stand off their surface like fur. With
     less expected of these frequencies they are left smooth, but for what the network adds.
     """
-    # A row of the cosine transform is half a turn from pole to pole.
-    along, across = torch.arange(size)[:, None] / 2, torch.arange(size // 2 + 1)[None]
-    return torch.where(torch.hypot(along, across.float()) <= above, 1.0, float(variance))
+    return torch.where(_frequencies(size) <= above, 1.0, float(variance))
+
+
+def quieter(noise: Tensor, above: float, deviation: float) -> Tensor:
+    """Noise [16, H, W] with that share of its deviation at frequencies up to `above`, in turns round the atlas.
+
+    There lie an object's build and its colours as a whole. Begun with less of it, sampling comes to what is more typical of the prompt, and
+    objects of different seeds are more alike (the truncation trick, Brock et al. 2019, section 3.1).
+    """
+    cosines = cosine_transform(noise.shape[-2])
+    low = torch.fft.rfft(cosines @ noise, norm="ortho") * (_frequencies(noise.shape[-2]) <= above)
+    return noise - (1 - deviation) * (cosines.mT @ torch.fft.irfft(low, n=noise.shape[-1], norm="ortho"))
+
+
+def _frequencies(size: int) -> Tensor:
+    """[size, size / 2 + 1], in turns round the atlas; a row of the cosine transform is half a turn from pole to pole."""
+    return torch.hypot(torch.arange(size)[:, None] / 2, torch.arange(size // 2 + 1)[None].float())
 
 
 def cosine_transform(size: int) -> Tensor:
