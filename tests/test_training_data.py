@@ -96,3 +96,11 @@ def test_damaged_and_foreign_shards_are_named(shards, normalization, tmp_path):
     other.update(torch.randn(2, 16, 32, 32))
     with pytest.raises(InputError, match="layout .* the statistics another"):
         ShardedAtlases(shards, other.result("channel"))
+
+
+def test_an_atlas_that_is_damaged_inside_a_whole_shard_is_named(shards, normalization, tmp_path):
+    """The tar is as it was, a letter of the atlas's own header is not."""
+    for path in shards.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes().replace(b'"values"', b'"v\\lues"'))
+    with pytest.raises(InputError, match=r"atlases-000000\.tar is damaged"):
+        ShardedAtlases(tmp_path, normalization)[[0]]

@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         # Half of what is zipped is damaged as a zip; that is no bundle's fault.
         try:
             own = _unzip(path.read_bytes())
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, RuntimeError):
+        except (zipfile.BadZipFile, zlib.error, ValueError, OSError, NotImplementedError, EOFError, RuntimeError):
             return
         with tempfile.TemporaryDirectory() as place:
             known = {name: content for name, content in own.items() if name in parts}

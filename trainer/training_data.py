@@ -109,7 +109,7 @@ class ShardedAtlases:
         for shard, path in enumerate(self.paths):
             self._index(shard, path)
         self._files: dict[tuple[int, int], io.BufferedReader] = {}
-        first = Atlas.decode(self._bytes(0)) if self.places else None
+        first = self._atlas(0) if self.places else None
         if first and first.layout_id != normalization.layout_id:
             raise InputError(
                 f"the shards have layout {first.layout_id}, the statistics {normalization.layout_id}: run `python -m trainer stats` again"
@@ -135,7 +135,15 @@ class ShardedAtlases:
         return len(self.places)
 
     def __getitem__(self, rows: list[int]) -> Tensor:
-        return torch.stack([self.normalization.normalize(Atlas.decode(self._bytes(row)).values) for row in rows])
+        return torch.stack([self.normalization.normalize(self._atlas(row).values) for row in rows])
+
+    def _atlas(self, row: int) -> Atlas:
+        payload = self._bytes(row)
+        try:
+            return Atlas.decode(payload)
+        except ValueError as error:
+            path = self.paths[self.places[row][0]]
+            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
 
     def _bytes(self, row: int) -> bytes:
         shard, start, size = self.places[row]
