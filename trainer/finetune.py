@@ -192,6 +192,8 @@ class Trainer:
         self.mean_loss, self.lowest = 0.0, float("inf")
         self.alphas = alphas_cumprod(shift=config.shift, zero_terminal_snr=config.zero_terminal_snr).float().to(self.device)
         self.train_rows, self.validation_rows = data.split(config.validation_share)
+        # Of each object the row that comes before its repainted copies.
+        self._first = {name: row for row, name in reversed(list(enumerate(data.ids)))}
         weights = torch.tensor(config.channel_weights).repeat_interleave(4) if data.channels == CHANNELS else torch.ones(data.channels)
         self.channel_weights = (weights / weights.mean()).reshape(1, -1, 1, 1).to(self.device)
         if config.prior and data.prior is None:
@@ -239,10 +241,7 @@ class Trainer:
 
     def _with_own_colours(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """Rows [B], that share of them replaced by the first row of the same objects: what comes after it is repainted."""
-        first: dict[str, int] = {}
-        for row, name in enumerate(self.data.ids):
-            first.setdefault(name, row)
-        originals = torch.tensor([first[self.data.ids[row]] for row in chosen.tolist()])
+        originals = torch.tensor([self._first[self.data.ids[row]] for row in chosen.tolist()])
         return torch.where(torch.rand(len(chosen), generator=generator) < self.config.own_colours, originals, chosen)
 
     def loss(self, batch: Batch, model: torch.nn.Module | None = None, render_factor: float = 0.0) -> Tensor:
