@@ -79,10 +79,6 @@ def _spelled_alike(unknown: str, vocabulary: tuple[str, ...]) -> list[str]:
 
 def _meant_alike(unknown: str, vocabulary: tuple[str, ...], encoder: TextEncoder) -> list[str]:
     """Known objects by the cosine of the mean of their text features, nearest first."""
-    import torch
-
-    features = encoder.encode([unknown, *vocabulary])
-    mask = features.mask[..., None].to(features.hidden)
-    means = torch.nn.functional.normalize((features.hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    means = encoder.sentences([unknown, *vocabulary])
     order = (means[1:] @ means[0]).argsort(descending=True).tolist()
     return [vocabulary[index] for index in order[:_NEAREST]]

@@ -86,6 +86,8 @@ def write_tiny_bundle(directory: Path, **changes) -> Path:
         for key in list(changes)
         if key in INFO or key in ("metrics", "vocabulary", "distilled_guidance", "wrap", "coverage", "damping")
     }
+    if "shares" in changes:  # `regression` is the tensors, and in the info how they are used
+        info["regression"] = changes.pop("shares")
     parts = {
         "unet": tiny_unet(CHANNELS * info["fold"] ** 2),
         "scheduler_config": SCHEDULER,

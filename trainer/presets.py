@@ -78,6 +78,11 @@ class Preset:
     damping_above: float = 2.0  # frequency, in turns round the atlas, beyond which sampling expects less of the prior than it says
     damping_variance: float = 1.0  # the share of its variance that is expected there; 1 expects all
     damping_noise: float = 1.0  # deviation of the noise that sampling begins with, up to that frequency: less is more typical
+    regression: bool = False  # the bundle knows what captions alone say of atlases: the mean of the prior (`generator.model.regression`)
+    regression_variance: float = 0.1  # the share of the prior's variance that sampling expects about that mean
+    regression_network: float = 0.2  # weight of the network beside it
+    regression_above: float = 600.0  # timestep from which up the network is asked
+    regression_variety: float = 1.0  # how much seeds vary which of the likely captions a prompt is drawn to
     version: str = "0.1.0"  # of the bundle
 
     def __post_init__(self) -> None:
@@ -163,7 +168,8 @@ EVERYDAY = replace(
     guidance_scale=2.0,
     damping_variance=0.3,
     damping_noise=0.5,
-    version="0.2.0",
+    regression=True,
+    version="0.3.0",
 )
 
 PRESETS = {

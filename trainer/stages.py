@@ -35,6 +35,7 @@ from generator.errors import InputError, WorkError
 from generator.files import replacing
 from generator.formats import load, save
 from generator.model.prior import AtlasPrior, PriorAccumulator
+from generator.model.regression import RegressionBuilder, TextRegression, variances_of
 from generator.model.text import TextEncoder
 
 from . import captions, dataset
@@ -476,6 +477,17 @@ def pack(preset: Preset, run: Path) -> None:
         "inference": {"dtype": "auto"},
     }
     info |= _damping(preset)
+    prior, regression = _prior(preset, run), None
+    if preset.regression:
+        if prior is None:
+            raise InputError("regression needs finetune.prior: it is that prior's mean")
+        regression = regression_of(dataset.read_shards(run / "shards"), normalization, prior, encoder)
+        info["regression"] = {
+            "variance": preset.regression_variance,
+            "network": preset.regression_network,
+            "above": preset.regression_above,
+            "variety": preset.regression_variety,
+        }
     if config.distill_guidance:
         info["distilled_guidance"] = config.distill_guidance
     save_bundle(
@@ -488,9 +500,22 @@ def pack(preset: Preset, run: Path) -> None:
         channels=samples[0].spec,
         info=info,
         files={"CREDITS.md": _credits(samples).encode()},
-        prior=_prior(preset, run),
+        prior=prior,
+        regression=regression,
     )
     _say(f"pack: {run / 'bundle'}, step {step}, {len(samples)} objects")
+
+
+def regression_of(
+    samples: Iterable[tuple[dataset.Sample, str]], normalization: Normalization, prior: AtlasPrior, encoder: TextEncoder
+) -> TextRegression:
+    """Atlases by the plainest caption of each that names its object as a prompt would: "a red chair"."""
+    builder = RegressionBuilder(variances_of(prior.covariance), prior.layout_id)
+    for sample, _ in samples:
+        told = sample.record["captions"]
+        plain = [caption for caption in told if re.match(r"an? (?!3d model)", caption) and " for the " not in caption]
+        builder.add(normalization.normalize(sample.values), min(plain or told, key=len), sample.record["object"])
+    return builder.result(encoder.sentences)
 
 
 def _coverage(samples: list[dataset.Sample], layout: AtlasLayout, most: int = 100) -> float:

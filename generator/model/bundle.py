@@ -22,6 +22,7 @@ from ..atlas import CHANNELS, AtlasLayout, ChannelSpec, Normalization
 from ..errors import InputError
 from ..files import replacing_folder
 from .prior import AtlasPrior
+from .regression import TextRegression
 from .text import TextEncoder, sha256
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ _LAYOUT = "atlas/layout.safetensors"
 _NORMALIZATION = "atlas/normalization.safetensors"
 _CHANNELS = "atlas/channels.json"
 _PRIOR = "atlas/prior.safetensors"
+_REGRESSION = "atlas/regression.safetensors"
 _NEEDED = (_UNET_CONFIG, _UNET_WEIGHTS, _SCHEDULER, f"{_TEXT_ENCODER}/config.json", _LAYOUT, _NORMALIZATION, _CHANNELS)
 
 
@@ -59,6 +61,7 @@ class Bundle:
     unet_config: dict  # arguments of UNet2DConditionModel
     scheduler_config: dict  # arguments of DPMSolverMultistepScheduler
     prior: AtlasPrior | None = None  # whose estimate the network corrects; None where it sees and paints atlases themselves
+    regression: TextRegression | None = None  # what a prompt alone says of its atlas: the mean of the prior
 
     @property
     def name(self) -> str:
@@ -107,6 +110,7 @@ def save_bundle(
     files: dict[str, bytes] | None = None,
     dtype: torch.dtype = torch.float16,
     prior: AtlasPrior | None = None,
+    regression: TextRegression | None = None,
 ) -> Path:
     """Write a bundle, replacing one that was there; a failure leaves the old one.
 
@@ -117,10 +121,14 @@ def save_bundle(
             defaults ({"num_inference_steps": 20, "guidance_scale": 3.5}), inference ({"dtype": "auto"}),
             low_pass (object units by which generated Gaussians are wider), coverage (what gaps are closed to, see `generator.coverage`),
             distilled_guidance (of a network that takes guidance of 1 to this as an input),
-            damping (of what its prior expects of fine structure, {"above": 2.0, "variance": 0.3}, see `prior.damping`).
+            damping (of what its prior expects of fine structure, {"above": 2.0, "variance": 0.3}, see `prior.damping`),
+            regression (how the regression and the network share, needed with one: {"variance": 0.1, "network": 0.2, "above": 600,
+            "variety": 1.0}, the share of the prior's variance that is left about its mean, the network's weight from that timestep
+            up, and how much seeds vary what is expected).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.
         prior: whose estimate the network corrects, where it was trained so.
+        regression: the mean of that prior for a prompt.
 
     Raises:
         InputError: the parts do not fit each other, something required is missing, or the folder cannot be written.
@@ -134,6 +142,7 @@ def save_bundle(
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     _check_parts(Path(directory), unet_config, layout, normalization, info)
     _check_prior(Path(directory), prior, layout, scheduler_config, info)
+    _check_regression(Path(directory), regression, prior, layout, text_encoder, info)
     with replacing_folder(directory) as folder:
         for name in (_UNET_CONFIG, _SCHEDULER, _LAYOUT):
             (folder / name).parent.mkdir()
@@ -151,6 +160,8 @@ def save_bundle(
         (folder / _CHANNELS).write_text(channels.to_json(), encoding="utf-8")
         if prior is not None:
             prior.save(folder / _PRIOR)
+        if regression is not None:
+            regression.save(folder / _REGRESSION)
         _write_json(
             folder / "model_index.json",
             {
@@ -206,6 +217,7 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
     normalization = Normalization.load(directory / _NORMALIZATION)
     channels = ChannelSpec.from_json(_read_text(directory / _CHANNELS))
     prior = AtlasPrior.load(directory / _PRIOR) if _PRIOR in info["files"] else None
+    regression = TextRegression.load(directory / _REGRESSION) if _REGRESSION in info["files"] else None
     unet_config = {key: value for key, value in _read_json(directory / _UNET_CONFIG).items() if not key.startswith("_")}
     scheduler_config = _read_json(directory / _SCHEDULER)
     if scheduler_config.get("_class_name", "DPMSolverMultistepScheduler") != "DPMSolverMultistepScheduler":
@@ -219,8 +231,9 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
     width = unet_config.get("cross_attention_dim")
     if width != text_encoder.width:
         raise InputError(f"{directory}: the network attends to text of width {width}, the encoder gives {text_encoder.width}")
+    _check_regression(directory, regression, prior, layout, text_encoder, info)
     named = sha256(directory / _BUNDLE)
-    return Bundle(directory, info, named, layout, normalization, channels, text_encoder, unet_config, scheduler_config, prior)
+    return Bundle(directory, info, named, layout, normalization, channels, text_encoder, unet_config, scheduler_config, prior, regression)
 
 
 def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: list[str] | None = None) -> Path:
@@ -291,6 +304,27 @@ def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout,
         raise InputError(f"{directory}: the prior was computed for {theirs}, the atlas has {layout.id} of {layout.size}")
     if scheduler_config.get("prediction_type") != "sample":
         raise InputError(f"{directory}: a network that corrects a prior gives the clean atlas: prediction_type must be sample")
+
+
+def _check_regression(
+    directory: Path, regression: TextRegression | None, prior: AtlasPrior | None, layout: AtlasLayout, text_encoder: TextEncoder, info: dict
+) -> None:
+    shares = info.get("regression")
+    if regression is None:
+        if shares is not None:
+            raise InputError(f"{directory}: bundle.json says how a regression is used, but there is none")
+        return
+    values = [shares.get(key) for key in ("variance", "network", "above", "variety")] if isinstance(shares, dict) else [None]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in values)
+    if prior is None or not numbers or max(values[:2]) > 1:
+        needed = "a prior, variance and network (0 to 1), above and variety (at least 0)"
+        raise InputError(f"{directory}: a regression needs {needed}, got {shares!r}")
+    if (regression.layout_id, regression.size) != (layout.id, layout.size):
+        theirs = f"layout {regression.layout_id} of {regression.size} cells a side"
+        raise InputError(f"{directory}: the regression was computed for {theirs}, the atlas has {layout.id} of {layout.size}")
+    if regression.keys.shape[1] != text_encoder.width:
+        width = regression.keys.shape[1]
+        raise InputError(f"{directory}: the regression knows sentences of width {width}, the encoder gives {text_encoder.width}")
 
 
 def _check_file(directory: Path, name: str, entry: object, verify: bool) -> None:

@@ -29,6 +29,7 @@ from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
 from .prior import AtlasPrior, damping, quieter
+from .regression import TextRegression
 from .text import TextEncoder
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class GaussianAtlasPipeline:
         info: what bundle.json says: name, version, fold, defaults, ...
         model_hash: SHA-256 that names the model, for provenance.
         prior: whose estimate of the clean atlas the network corrects; None where it sees and predicts what the solver works with.
+        regression: what the prompt alone says of the atlas, the mean of the prior; info["regression"] says how it and the network share.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class GaussianAtlasPipeline:
         info: dict,
         model_hash: str = "",
         prior: AtlasPrior | None = None,
+        regression: TextRegression | None = None,
     ) -> None:
         self.memory_format = fast_layout(unet.device, unet.dtype)
         self.unet = unet.to(memory_format=self.memory_format)
@@ -91,6 +94,11 @@ class GaussianAtlasPipeline:
         damped = info.get("damping")
         self._damping = damping(layout.size, damped["above"], damped["variance"]).to(unet.device) if damped else None
         self._noise = (damped["above"], damped.get("noise", 1.0)) if damped else (0.0, 1.0)
+        self.regression = regression
+        self._shares = info.get("regression", {})
+        if regression is not None:
+            left = self._damping if self._damping is not None else torch.ones(layout.size, layout.size // 2 + 1, device=unet.device)
+            self._left = left * self._shares["variance"]
         self.load_seconds = 0.0
 
     @classmethod
@@ -126,8 +134,8 @@ class GaussianAtlasPipeline:
             scheduler = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise InputError(f"{bundle.directory}: the scheduler configuration is not usable: {error}") from error
-        parts = (bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash, bundle.prior)
-        pipeline = cls(unet, scheduler, *parts)
+        parts = (bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash)
+        pipeline = cls(unet, scheduler, *parts, bundle.prior, bundle.regression)
         pipeline.load_seconds = time.perf_counter() - started
         return pipeline
 
@@ -136,7 +144,7 @@ class GaussianAtlasPipeline:
         config = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
         info = {key: value for key, value in self.info.items() if key not in ("format", "atlas", "files")}
         parts = (self.text_encoder, self.layout, self.normalization, self.channels, info)
-        return save_bundle(directory, self.unet, config, *parts, prior=self.prior)
+        return save_bundle(directory, self.unet, config, *parts, prior=self.prior, regression=self.regression)
 
     @property
     def name(self) -> str:
@@ -220,7 +228,7 @@ class GaussianAtlasPipeline:
         positive, negative = self._encode(mixed), self._leading_away(negative_prompt, guidance)
         mix = None
         if mix_prompt is not None and mix_weight > 0:
-            mix = _Mix(self._encode([mix_prompt]), float(mix_weight))
+            mix = _Mix(mix_prompt, self._encode([mix_prompt]), float(mix_weight))
         _stop_if(cancel)
         seconds = {"text": time.perf_counter() - started, "sample": 0.0, "decode": 0.0}
         output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds)
@@ -242,7 +250,8 @@ class GaussianAtlasPipeline:
 
             started = time.perf_counter()
             scheduler = self._scheduler(output.num_inference_steps, strength)
-            predict = self._predictor(positive[rows], negative, guidance, mix)
+            expected = self._expected(mixed[rows], seeds[rows], guidance, mix)
+            predict = self._predictor(positive[rows], negative, guidance, mix, expected)
             latents = self._sample(seeds[rows], scheduler, predict, source, report, cancel)
             seconds["sample"] += time.perf_counter() - started
             started = time.perf_counter()
@@ -257,6 +266,19 @@ class GaussianAtlasPipeline:
         unique = list(dict.fromkeys(prompts))
         hidden = self.text_encoder.encode(unique).hidden[[*map(unique.index, prompts)]]
         return hidden.to(self.unet.device, self.unet.dtype)
+
+    def _expected(self, prompts: list[str], seeds: list[int], guidance: float, mix: _Mix | None) -> Tensor | None:
+        """What the regression expects of the prompts' atlases, normalised [B, 16, H, W]; None where there is none."""
+        if self.regression is None:
+            return None
+        # Guidance of 2 gives colours the deviation that atlases have, 1 leaves them as they are.
+        contrast = max(float(guidance) - 1, 0.0)
+        varied = self._shares["variety"] * torch.stack([_gumbel(len(self.regression.keys), seed) for seed in seeds])
+        expected = self.regression.mean(self.text_encoder.sentences(prompts), contrast, varied)
+        if mix is not None:
+            other = self.regression.mean(self.text_encoder.sentences([mix.prompt]).expand(len(seeds), -1), contrast, varied)
+            expected = torch.lerp(expected, other, mix.weight)
+        return expected.to(self.unet.device)
 
     def _leading_away(self, negative_prompt: str | None, guidance: float) -> Tensor | None:
         """Hidden states of what guidance leads away from in a prediction of its own [1, L, D]; None where there is no such prediction."""
@@ -273,13 +295,14 @@ class GaussianAtlasPipeline:
         return scheduler
 
     def _predictor(
-        self, positive: Tensor, negative: Tensor | None, guidance: float, mix: _Mix | None
+        self, positive: Tensor, negative: Tensor | None, guidance: float, mix: _Mix | None, expected: Tensor | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """What the network predicts for latents [B, C, H, W] at a timestep, guided and mixed, float32 of the same shape.
 
         Args:
             positive: [B, L, D].
             negative: [1, L, D], predicted for as well; None where there is no guidance, or the network knows it.
+            expected: [B, 16, H, W], the mean of the prior. What is predicted is then the posterior mean, into which the network is mixed.
         """
         # Whatever is the same in every step is made here. The network's dtype is one of these: to tell it, it looks through all its parts.
         texts = [positive] + ([] if mix is None else [mix.text]) + ([] if negative is None else [negative])
@@ -292,6 +315,15 @@ class GaussianAtlasPipeline:
             inputs["timestep_cond"] = embed_guidance(scales, self.unet.config.time_cond_proj_dim).to(text)
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            if expected is None:
+                return corrected(latents, timestep)
+            alpha, sigma = _level(self.scheduler, timestep)
+            deviation = unfold(latents, factor) - alpha * expected
+            likely = fold(expected + self.prior.filter(deviation, alpha, sigma, self._left).mean, factor)
+            share = self._shares["network"] if int(timestep) >= self._shares["above"] else 0.0
+            return torch.lerp(likely, corrected(latents, timestep), share) if share else likely
+
+        def corrected(latents: Tensor, timestep: Tensor) -> Tensor:
             known = None
             if self.prior is not None:
                 known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep), self._damping)
@@ -412,8 +444,15 @@ class GaussianAtlasPipeline:
 
 @dataclass(frozen=True)
 class _Mix:
+    prompt: str
     text: Tensor  # [1, L, D]
     weight: float  # between 0 and 1
+
+
+def _gumbel(count: int, seed: int) -> Tensor:
+    """[count] of a standard Gumbel distribution, not those of the noise that the seed gives as well."""
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed ^ 0x9E3779B9)).clamp(1e-7, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform))
 
 
 def _level(scheduler: DPMSolverMultistepScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:

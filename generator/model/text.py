@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -182,6 +183,14 @@ class TextEncoder:
             return TextFeatures(model(input_ids=tokens["input_ids"]).last_hidden_state.float(), mask)
         hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
         return TextFeatures(hidden.float() * mask[..., None], mask)
+
+    def sentences(self, prompts: Sequence[str]) -> Tensor:
+        """Sentence embeddings [B, D], unit: the mean over each prompt's tokens (Sentence-BERT, Reimers and Gurevych 2019)."""
+        parts = []
+        for start in range(0, len(prompts), 64):
+            hidden, mask = self.encode(list(prompts[start : start + 64]))
+            parts.append((hidden * mask[..., None]).sum(1))
+        return torch.nn.functional.normalize(torch.cat(parts), dim=1)
 
     def unconditional(self, count: int) -> TextFeatures:
         """The features [count, L, D] of no prompt."""

@@ -123,7 +123,7 @@ class Judge:
         seen = Looks(*(torch.cat(parts) for parts in zip(*looks, strict=True)))
         encoder = TextEncoder.default()
         captions = sorted(set(texts))
-        known = sentence_embeddings(encoder, captions)
+        known = encoder.sentences(captions)
         text_mean = known.mean(0)
         targets = normalize(known - text_mean, dim=1)[[captions.index(caption) for caption in texts]]
         raw = _describe(seen)
@@ -180,7 +180,7 @@ class Judge:
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Directions [B, 384] of captions, unit."""
-        return normalize(sentence_embeddings(self.encoder, captions) - self.text_mean, dim=1)
+        return normalize(self.encoder.sentences(captions) - self.text_mean, dim=1)
 
     def pictures(self, looks: Looks) -> Tensor:
         """Directions [HEADS, N, 384] of objects, unit: what each head makes of the mean over their views."""
@@ -403,15 +403,6 @@ def _ridge(described: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     gram.diagonal().add_(_RIDGE * len(x))
     weights = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean))
     return weights, y_mean - x_mean @ weights
-
-
-def sentence_embeddings(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
-    """Sentence embeddings [B, 384]: the mean of MiniLM's hidden states, unit."""
-    parts = []
-    for start in range(0, len(captions), 64):
-        hidden, mask = encoder.encode(list(captions)[start : start + 64])
-        parts.append(hidden.sum(1) / mask.sum(1, keepdim=True))
-    return normalize(torch.cat(parts), dim=1)
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

@@ -18,7 +18,7 @@ from trainer.captions import recolour
 from trainer.dataset import Sample, read_shards
 from trainer.sources.captions import head_noun
 
-from .judge import Looks, describe, draw, full_caption, protocol_cameras, sentence_embeddings, stack
+from .judge import Looks, describe, draw, full_caption, protocol_cameras, stack
 from .prompts import Prompt, plain_noun
 
 _AGAIN = 40  # objects looked at a second time, to learn how near an object is to itself
@@ -89,8 +89,8 @@ class References:
         """For each prompt the training atlas whose caption is the most similar: the baseline. Repainted atlases take part."""
         texts = [full_caption(sample.record) for sample in self.samples]
         distinct = list(dict.fromkeys(texts))
-        known = sentence_embeddings(self.encoder, distinct)
-        asked = sentence_embeddings(self.encoder, [prompt.text for prompt in prompts])
+        known = self.encoder.sentences(distinct)
+        asked = self.encoder.sentences([prompt.text for prompt in prompts])
         found = []
         for row in (asked @ known.T).argmax(1).tolist():
             sample = self.samples[texts.index(distinct[row])]
