@@ -79,8 +79,8 @@ class Preset:
     damping_variance: float = 1.0  # the share of its variance that is expected there; 1 expects all
     damping_noise: float = 1.0  # deviation of the noise that sampling begins with, up to that frequency: less is more typical
     regression: bool = False  # the bundle knows what captions alone say of atlases: the mean of the prior (`generator.model.regression`)
-    regression_variance: float = 0.1  # the share of the prior's variance that sampling expects about that mean
-    regression_network: float = 0.2  # weight of the network beside it
+    regression_variance: float = 0.05  # the share of the prior's variance that sampling expects about that mean
+    regression_network: float = 0.35  # weight of the network beside it
     regression_above: float = 600.0  # timestep from which up the network is asked
     regression_variety: float = 1.0  # how much seeds vary which of the likely captions a prompt is drawn to
     version: str = "0.1.0"  # of the bundle
@@ -116,6 +116,8 @@ def following_base(preset: Preset) -> Preset:
         return preset
     kept = {"size": bundle.layout.size, "projection": bundle.layout.projection}
     kept |= {} if preset.relearn else {"channels": bundle.channels}
+    if bundle.regression is not None:
+        kept |= {"regression": True} | {f"regression_{name}": value for name, value in bundle.info["regression"].items()}
     return replace(preset, **kept, finetune=going_on(preset.finetune, bundle))
 
 
