@@ -88,8 +88,8 @@ class TextRegression:
         kernel = _kernel(self.keys, self.keys)
         kernel.diagonal().add_(_NOISE / counts)
         self._root = torch.linalg.cholesky(kernel)
-        self._mean_build = self._shares_of_builds(torch.ones(1, len(keys)) / len(keys)) @ builds.float()
-        self._mean_colour = (self._shares / len(keys))[None] @ colours.float()
+        self._mean_build = _product(self._shares_of_builds(torch.ones(1, len(keys)) / len(keys)), builds)
+        self._mean_colour = _product((self._shares / len(keys))[None], colours)
 
     def mean(self, sentences: Tensor, contrast: float = 1.0, varied: Tensor | None = None) -> Tensor:
         """The normalised atlases to expect, [B, 16, S, S] float32 on the CPU.
@@ -108,9 +108,9 @@ class TextRegression:
         colour_weights = self._solved(asked)
         explained = (asked * colour_weights).sum(1, keepdim=True).clamp(_LEAST_EXPLAINED, 1.0)
         strength = explained.pow(-contrast / 2).clamp_max(_MOST_CONTRAST)
-        build = self._shares_of_builds(build_weights) @ self.builds.float()
+        build = _product(self._shares_of_builds(build_weights), self.builds)
         build = build + (1 - build_weights.sum(1, keepdim=True)) * self._mean_build
-        colour = (colour_weights[:, self.rows] * self._shares) @ self.colours.float()
+        colour = _product(colour_weights[:, self.rows] * self._shares, self.colours)
         colour = self._mean_colour + strength * (colour - colour_weights.sum(1, keepdim=True) * self._mean_colour)
         values = torch.zeros(len(sentences), CHANNELS, self.size, self.size)
         values[:, _BUILD] = _spread(build, self.zone[_BUILD]) * self.steps[_BUILD, None, None]
@@ -218,6 +218,11 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return torch.exp((2 - 2 * a @ b.T).clamp_min(0) / (-2 * _WIDTH**2))
 
 
+def _product(weights: Tensor, quantised: Tensor) -> Tensor:
+    """weights [B, M] float32 times [M, N] int16, of which only a part is turned to floats at a time."""
+    return torch.cat([weights @ part.float() for part in quantised.split(4096, dim=1)], dim=1)
+
+
 def _spread(values: Tensor, zone: Tensor) -> Tensor:
     """Values [B, N] at the N true places of a zone [C, S, S], noughts elsewhere."""
     spread = torch.zeros(len(values), *zone.shape)
@@ -264,6 +269,6 @@ def _unpacked(payload: Tensor, count: int, width: int) -> Tensor:
     beyond = b"" if unzip.eof else unzip.decompress(b"", 1)
     if len(raw) != needed or beyond or not unzip.eof:
         raise ValueError(f"its frequencies are not {needed} bytes")
-    low, high = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(2, width, count).int()
-    folded = low | high << 8
-    return (folded >> 1 ^ -(folded & 1)).short().T.contiguous()
+    low, high = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(2, width, count).short()
+    folded = low.T | high.T << 8
+    return (folded >> 1 & 0x7FFF ^ -(folded & 1)).contiguous()
