@@ -21,7 +21,7 @@ from generator.tensors import load_tensors, save_tensors
 from tests.test_prior import SAMPLE, Clean, correcting, random_prior
 from tests.tiny_bundle import layout, normalization, text_encoder, write_tiny_bundle
 
-SHARES = {"variance": 0.1, "network": 0.2, "above": 600, "variety": 1.0}
+SHARES = {"variance": 0.1, "network": 0.2, "above": 600, "variety": 1.0, "choice": 1.0}
 COLOURS = [4, 5, 6]
 
 
@@ -96,6 +96,20 @@ def test_chance_draws_a_sentence_towards_one_caption_or_another():
     drawn = found.mean(asked, 0.0, 50 * torch.eye(6)[[0, 5]])
     same = found.mean(asked, 0.0)
     assert torch.equal(same[0], same[1]) and not torch.allclose(drawn[0], drawn[1], atol=1e-4)
+
+
+def test_of_the_objects_of_one_caption_one_may_be_chosen():
+    captions, values = ["a chair", "a chair", "a lamp"], smooth_atlases(3, 8)
+    found = regression_on(values, captions, list("abc"))
+    asked = sentences(["a chair"]).expand(3, -1)
+    even = found.mean(asked, 0.0, chosen=torch.zeros(3, 3))
+    torch.testing.assert_close(even, found.mean(asked, 0.0))
+    one, other, unlike = found.mean(asked, 0.0, chosen=50 * torch.eye(3))
+    # The chosen object takes the place of the mean of both, by the same weight; one of another caption changes nothing.
+    torch.testing.assert_close((one + other) / 2, even[0], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(unlike, even[0], atol=1e-4, rtol=1e-3)
+    difference = (values[0] - values[1]).flatten()
+    assert torch.corrcoef(torch.stack([(one - other).flatten(), difference]))[0, 1] > 0.99
 
 
 def test_repainted_copies_share_their_build_and_keep_their_colours(tmp_path: Path):

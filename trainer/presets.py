@@ -83,6 +83,7 @@ class Preset:
     regression_network: float = 0.35  # weight of the network beside it
     regression_above: float = 600.0  # timestep from which up the network is asked
     regression_variety: float = 1.0  # how much seeds vary which of the likely captions a prompt is drawn to
+    regression_choice: float = 2.0  # how much seeds choose among the objects of one caption; 0 averages them
     version: str = "0.1.0"  # of the bundle
 
     def __post_init__(self) -> None:

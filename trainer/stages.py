@@ -487,6 +487,7 @@ def pack(preset: Preset, run: Path) -> None:
             "network": preset.regression_network,
             "above": preset.regression_above,
             "variety": preset.regression_variety,
+            "choice": preset.regression_choice,
         }
     if config.distill_guidance:
         info["distilled_guidance"] = config.distill_guidance

@@ -123,8 +123,8 @@ def save_bundle(
             distilled_guidance (of a network that takes guidance of 1 to this as an input),
             damping (of what its prior expects of fine structure, {"above": 2.0, "variance": 0.3}, see `prior.damping`),
             regression (how the regression and the network share, needed with one: {"variance": 0.1, "network": 0.2, "above": 600,
-            "variety": 1.0}, the share of the prior's variance that is left about its mean, the network's weight from that timestep
-            up, and how much seeds vary what is expected).
+            "variety": 1.0, "choice": 2.0}, the share of the prior's variance that is left about its mean, the network's weight from that
+            timestep up, and how much seeds vary the captions that a prompt is drawn towards and the objects of one caption).
         files: more files of the bundle by relative name, such as credits.
         dtype: of the stored weights.
         prior: whose estimate the network corrects, where it was trained so.
@@ -314,10 +314,10 @@ def _check_regression(
         if shares is not None:
             raise InputError(f"{directory}: bundle.json says how a regression is used, but there is none")
         return
-    values = [shares.get(key) for key in ("variance", "network", "above", "variety")] if isinstance(shares, dict) else [None]
+    values = [shares.get(key) for key in ("variance", "network", "above", "variety", "choice")] if isinstance(shares, dict) else [None]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in values)
     if prior is None or not numbers or max(values[:2]) > 1:
-        needed = "a prior, variance and network (0 to 1), above and variety (at least 0)"
+        needed = "a prior, variance and network (0 to 1), above, variety and choice (at least 0)"
         raise InputError(f"{directory}: a regression needs {needed}, got {shares!r}")
     if (regression.layout_id, regression.size) != (layout.id, layout.size):
         theirs = f"layout {regression.layout_id} of {regression.size} cells a side"

@@ -273,10 +273,12 @@ class GaussianAtlasPipeline:
             return None
         # Guidance of 2 gives colours the deviation that atlases have, 1 leaves them as they are.
         contrast = max(float(guidance) - 1, 0.0)
-        varied = self._shares["variety"] * torch.stack([_gumbel(len(self.regression.keys), seed) for seed in seeds])
-        expected = self.regression.mean(self.text_encoder.sentences(prompts), contrast, varied)
+        counts = len(self.regression.keys), len(self.regression.builds)
+        varied, chosen = torch.stack([_gumbel(sum(counts), seed) for seed in seeds]).split(counts, 1)
+        chance = self._shares["variety"] * varied, self._shares["choice"] * chosen
+        expected = self.regression.mean(self.text_encoder.sentences(prompts), contrast, *chance)
         if mix is not None:
-            other = self.regression.mean(self.text_encoder.sentences([mix.prompt]).expand(len(seeds), -1), contrast, varied)
+            other = self.regression.mean(self.text_encoder.sentences([mix.prompt]).expand(len(seeds), -1), contrast, *chance)
             expected = torch.lerp(expected, other, mix.weight)
         return expected.to(self.unet.device)
 

@@ -88,10 +88,10 @@ class TextRegression:
         kernel = _kernel(self.keys, self.keys)
         kernel.diagonal().add_(_NOISE / counts)
         self._root = torch.linalg.cholesky(kernel)
-        self._mean_build = _product(self._shares_of_builds(torch.ones(1, len(keys)) / len(keys)), builds)
+        self._mean_build = _product(self._of_builds((self._shares / len(keys))[None]), builds)
         self._mean_colour = _product((self._shares / len(keys))[None], colours)
 
-    def mean(self, sentences: Tensor, contrast: float = 1.0, varied: Tensor | None = None) -> Tensor:
+    def mean(self, sentences: Tensor, contrast: float = 1.0, varied: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
         """The normalised atlases to expect, [B, 16, S, S] float32 on the CPU.
 
         Args:
@@ -99,7 +99,10 @@ class TextRegression:
             contrast: how far colours are carried back to the deviation that atlases have; 0 leaves them as pale as a mean is.
             varied: [B, U] of a standard Gumbel distribution. Added to the similarities it draws the sentence towards some of the likely
                 captions by chance, so that seeds differ in more than noise.
+            chosen: [B, O], one number for each object. Of the objects that share a caption those with higher ones count more, by a softmax;
+                without it all count alike, and what is common to unlike things of one name has no clear shape.
         """
+        shares = self._shares if chosen is None else self._chosen(chosen)
         similar = sentences @ self.keys.T / _TEMPERATURE
         near = torch.softmax(similar if varied is None else similar + varied, 1) @ self.keys
         near = _unit(_unit(near) + _KEPT * sentences)
@@ -108,9 +111,9 @@ class TextRegression:
         colour_weights = self._solved(asked)
         explained = (asked * colour_weights).sum(1, keepdim=True).clamp(_LEAST_EXPLAINED, 1.0)
         strength = explained.pow(-contrast / 2).clamp_max(_MOST_CONTRAST)
-        build = _product(self._shares_of_builds(build_weights), self.builds)
+        build = _product(self._of_builds(build_weights[:, self.rows] * shares), self.builds)
         build = build + (1 - build_weights.sum(1, keepdim=True)) * self._mean_build
-        colour = _product(colour_weights[:, self.rows] * self._shares, self.colours)
+        colour = _product(colour_weights[:, self.rows] * shares, self.colours)
         colour = self._mean_colour + strength * (colour - colour_weights.sum(1, keepdim=True) * self._mean_colour)
         values = torch.zeros(len(sentences), CHANNELS, self.size, self.size)
         values[:, _BUILD] = _spread(build, self.zone[_BUILD]) * self.steps[_BUILD, None, None]
@@ -125,9 +128,14 @@ class TextRegression:
         """Weights of the captions, [B, U]."""
         return torch.cholesky_solve(kernel.T, self._root).T
 
-    def _shares_of_builds(self, weights: Tensor) -> Tensor:
-        """Weights of the objects, [B, O], from those of the captions."""
-        return torch.zeros(len(weights), len(self.builds)).index_add_(1, self.objects, weights[:, self.rows] * self._shares)
+    def _chosen(self, numbers: Tensor) -> Tensor:
+        """Weights of the atlases among those of their captions, [B, M], from numbers of the objects."""
+        raised = torch.exp(numbers - numbers.amax(1, keepdim=True)).clamp_min(1e-20)[:, self.objects]
+        return raised / torch.zeros(len(numbers), len(self.keys)).index_add_(1, self.rows, raised)[:, self.rows]
+
+    def _of_builds(self, weights: Tensor) -> Tensor:
+        """Weights of the objects, [B, O], from those of the atlases."""
+        return torch.zeros(len(weights), len(self.builds)).index_add_(1, self.objects, weights)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; the frequencies are compressed."""
