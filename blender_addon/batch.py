@@ -54,7 +54,7 @@ def generate(options: argparse.Namespace) -> int:
     prompts = _read_prompts(Path(options.prompts)) if options.prompts is not None else [options.prompt]
     info = service.describe(model)
     if options.guidance is None:
-        options.guidance = float(info.defaults.get("guidance_scale", 3.5))
+        options.guidance = info.defaults.get("guidance_scale", 3.5)
     requests = [one for prompt in prompts for one in _request(prompt, model, options).each()]
     out = _output_folder(Path(options.out))
     # Many prompts are continued by default; a single one was asked for now.

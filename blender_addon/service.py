@@ -27,7 +27,7 @@ class ModelInfo:
     name: str
     version: str
     sha256: str  # of bundle.json, which in turn lists the sha256 of every other file
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, float] = field(default_factory=dict)
     licence: str = ""
     size: int = 0  # bytes of its files
     gaussians: int = 0  # in each object
@@ -168,7 +168,7 @@ def _describe(path: Path, changed: int, size: int) -> ModelInfo:
         name=str(bundle["name"]),
         version=str(bundle.get("version", "")),
         sha256=hashlib.sha256(data).hexdigest(),
-        defaults=dict(bundle.get("defaults") or {}),
+        defaults={name: float(value) for name, value in dict(bundle.get("defaults") or {}).items()},
         licence=str(bundle.get("licence", "")),
         size=sum(int(entry["size"]) for entry in dict(bundle.get("files") or {}).values()),
         gaussians=int(dict(bundle.get("atlas") or {}).get("gaussians", 0)),

@@ -149,6 +149,8 @@ def test_a_git_lfs_pointer_is_recognised(bundle: Path) -> None:
         {"fold": 2},
         {"atlas": {"layout_id": "0" * 32}},
         {"inference": {"dtype": "int8"}},
+        {"defaults": {"guidance_scale": "much"}},
+        {"defaults": [2.0]},
     ],
 )
 def test_a_contradictory_bundle_json(bundle: Path, change: dict) -> None:

@@ -285,6 +285,9 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
     if isinstance(distilled, bool) or not isinstance(distilled, int | float) or not (distilled > 1 if takes else distilled == 0):
         knows = "a network that takes guidance as an input needs distilled_guidance above 1, any other none"
         raise InputError(f"{directory}: {knows}; this one {'takes' if takes else 'does not take'} it, and got {distilled!r}")
+    defaults = info.get("defaults", {})
+    if not isinstance(defaults, dict) or any(type(value) not in (int, float) for value in defaults.values()):
+        raise InputError(f"{directory}: defaults must be numbers by their names, got {defaults!r}")
     inference = info.get("inference", {})
     if not isinstance(inference, dict) or inference.get("dtype", "auto") not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"{directory}: inference.dtype must be auto, float32, bfloat16 or float16")
