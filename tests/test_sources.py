@@ -148,6 +148,16 @@ def test_archives_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
         extract(source, tmp_path / "out")
 
 
+def test_an_entry_that_claims_more_than_the_archive_holds_allocates_nothing(tmp_path):
+    path = library(tmp_path / "test.sh3f")
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")  # of the catalogue, in the central directory
+    data[entry + 20 : entry + 24] = (2**32 - 2).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="not a readable zip archive .*larger than the archive"):
+        sweet_home_3d(path)
+
+
 def test_a_damaged_entry_is_an_input_error(tmp_path):
     path = library(tmp_path / "test.sh3f")
     source = sweet_home_3d(path)[0]

@@ -146,7 +146,9 @@ def readers(folder: Path) -> dict[str, Reader]:
     from generator.gaussians import Gaussians
     from generator.model.bundle import load_bundle
     from generator.model.prior import AtlasPrior
+    from generator.model.regression import TextRegression
     from tests.test_prior import SAMPLE, random_prior
+    from tests.test_regression import regression_on, smooth_atlases
     from tests.test_sources import library
     from tests.tiny_bundle import layout, normalization, write_tiny_bundle
     from trainer.dataset import write_shards
@@ -194,6 +196,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         ("normalization", normalization(), Normalization),
         ("layout", layout(), AtlasLayout),
         ("prior", random_prior(4), AtlasPrior),
+        ("regression", regression_on(smooth_atlases(3, 8), ["a chair", "a lamp", "a car"], list("abc")), TextRegression),
     ):
         value.save(folder / name)
         found[name] = Reader(".safetensors", [(folder / name).read_bytes()], kind.load)

@@ -16,6 +16,7 @@ from PIL import Image
 from generator.files import replacing
 
 from .captions import Part
+from .objects import MAX_OBJECT_BYTES, read_entry
 
 # Parts of a material's name -> material, the first that is found; makers wrote in English, French, Spanish, Catalan, Portuguese.
 _MATERIALS = {
@@ -169,10 +170,10 @@ def read_surfaces(archive: zipfile.ZipFile, member: str) -> list[dict]:
         for candidate in (posixpath.join(folder, reference), posixpath.join(folder, posixpath.basename(reference))):
             found = names.get(posixpath.normpath(candidate).lower())
             if reference and found:
-                return archive.read(found)
+                return read_entry(archive, archive.getinfo(found), MAX_OBJECT_BYTES)
         return None
 
-    areas, libraries = _areas(archive.read(member))
+    areas, libraries = _areas(read_entry(archive, archive.getinfo(member), MAX_OBJECT_BYTES))
     colours: dict[str, list[float] | None] = {}
     for library in libraries:
         _read_colours((read(library) or b"").decode("latin-1"), read, colours)

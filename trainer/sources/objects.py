@@ -111,6 +111,20 @@ def safe_member(path: Path, name: str) -> str:
     return posixpath.normpath(name)
 
 
+def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+    """An archive's entry, of which no more is allocated than the archive can hold and `most` allows.
+
+    Raises:
+        BadZipFile: the entry is said to be larger.
+    """
+    # zipfile reads what the directory declares, packed and unpacked, in one piece: so the declarations are what has to be checked.
+    if info.file_size > most:
+        raise zipfile.BadZipFile(f"{info.filename} unpacks to more than {most // 2**20} MiB")
+    if info.compress_size > Path(archive.filename).stat().st_size:
+        raise zipfile.BadZipFile(f"{info.filename} is said to be larger than the archive")
+    return archive.read(info)
+
+
 class _Reader:
     """Reads entries of one archive until one object's byte budget is used up."""
 
@@ -123,11 +137,10 @@ class _Reader:
         info = self.names.get(name)
         if info is None:
             raise InputError(f"{self.path}: the archive has no entry {name}")
-        # zipfile never reads past the declared size, so the declaration is what has to be checked.
         self.left -= info.file_size
         if self.left < 0:
             raise InputError(f"{self.path}: {name} unpacks to more than {MAX_OBJECT_BYTES // 2**20} MiB: not a furniture model")
-        return self.archive.read(info)
+        return read_entry(self.archive, info, MAX_OBJECT_BYTES)
 
     def find(self, folder: str, reference: str) -> str | None:
         """The entry a file in `folder` means by `reference`: by relative path, else by its base name, whatever the case."""

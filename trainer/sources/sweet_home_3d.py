@@ -11,7 +11,7 @@ from generator.errors import InputError
 
 from .captions import captions, describe
 from .obj_parts import library_surfaces, looks
-from .objects import ARCHIVE_ERRORS, SourceObject, safe_member, unique_slugs
+from .objects import ARCHIVE_ERRORS, SourceObject, read_entry, safe_member, unique_slugs
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_CATALOGUE_BYTES = 16 * 2**20
@@ -41,9 +41,7 @@ def sweet_home_3d(path: str | Path) -> list[SourceObject]:
             catalogue = next((info for info in infos if info.filename == CATALOGUE), None)
             if catalogue is None:
                 raise InputError(f"{path}: no {CATALOGUE} inside: not a Sweet Home 3D furniture library")
-            if catalogue.file_size > MAX_CATALOGUE_BYTES:
-                raise InputError(f"{path}: the catalogue unpacks to more than {MAX_CATALOGUE_BYTES // 2**20} MiB")
-            properties = parse_properties(archive.read(catalogue).decode("latin-1"))
+            properties = parse_properties(read_entry(archive, catalogue, MAX_CATALOGUE_BYTES).decode("latin-1"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except ARCHIVE_ERRORS as error:
