@@ -18,7 +18,7 @@ def readers(tmp_path_factory) -> dict[str, fuzz.Reader]:
 
 
 NAMES = (
-    "ply", "splat", "spz", "spz 4", "normalization", "layout", "prior", "shards", "bundle", "sh3f",
+    "ply", "splat", "spz", "spz 4", "normalization", "layout", "prior", "regression", "shards", "bundle", "sh3f",
     "captions.csv", "captions.json", "captions.jsonl", "prompts",
 )  # fmt: skip
 

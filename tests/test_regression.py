@@ -12,6 +12,7 @@ import torch
 
 from generator.atlas import CHANNELS
 from generator.errors import InputError
+from generator.model import regression
 from generator.model.bundle import load_bundle
 from generator.model.folding import fold, unfold
 from generator.model.pipeline import GaussianAtlasPipeline
@@ -158,7 +159,7 @@ def test_packing_loses_nothing(values: list):
     assert torch.equal(_unpacked(_packed(values), *values.shape), values)
 
 
-def test_a_damaged_file_is_one_clear_line(tmp_path: Path):
+def test_a_damaged_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     captions = ["a chair", "a lamp"]
     regression_on(smooth_atlases(2, 8), captions, captions).save(tmp_path / "right.safetensors")
     tensors, record = load_tensors(tmp_path / "right.safetensors")
@@ -185,6 +186,9 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path):
         save_tensors(tmp_path / "wrong.safetensors", tensors | changes, stated)
         with pytest.raises(InputError, match="wrong.safetensors: .*regression"):
             TextRegression.load(tmp_path / "wrong.safetensors")
+    monkeypatch.setattr(regression, "MAX_CAPTIONS", 1)
+    with pytest.raises(InputError, match="2 captions are more than 1"):
+        TextRegression.load(tmp_path / "right.safetensors")
     with pytest.raises(InputError, match="no atlases"):
         RegressionBuilder(torch.ones(CHANNELS, 8, 8), "some").result(sentences)
 

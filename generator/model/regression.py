@@ -32,6 +32,8 @@ _COLOUR = [4, 5, 6]
 _BUILD = [0, 1, 2, 3, 8, 9, 10, 12, 13, 14, 15]
 _OPACITY, _COPIES = 3, [7, 11]
 
+MAX_CAPTIONS = 16_384  # of which a square matrix is kept, 1 GB
+
 # Found on held-out objects and on prompts: see docs/decisions.md.
 _WIDTH = 0.5  # of the kernel, as a distance of unit vectors
 _NOISE = 0.2  # variance of an atlas about what its caption says, against that of all
@@ -78,6 +80,8 @@ class TextRegression:
         )
         if not fits or not bool((counts > 0).all()):
             raise InputError("regression: captions, atlases and frequencies do not fit each other")
+        if len(keys) > MAX_CAPTIONS:
+            raise InputError(f"regression: {len(keys)} captions are more than {MAX_CAPTIONS}; with that much to learn, leave it out")
         if not all(bool(torch.isfinite(part).all()) for part in (keys, steps)):
             raise InputError("regression: a number is not finite")
         self.keys, self.rows, self.objects, self.zone, self.steps = keys.float(), rows, objects, zone, steps.float()
