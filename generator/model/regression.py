@@ -9,7 +9,7 @@ with a Gaussian kernel. On few objects this generalises better than a network, w
 every caption is drawn towards the nearest ones first, or the mean would fade to that of all objects; colours are left as they were
 asked for, and made as strong as atlases are, for a mean is paler.
 
-The targets are kept as quantised frequencies: an object in 5 kB instead of 131. Repainted copies of an object share its build.
+The targets are kept as quantised frequencies: an object in 7 kB instead of 131. Repainted copies of an object share its build.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import lzma
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class TextRegression:
         similar = sentences @ self.keys.T / _TEMPERATURE
         near = torch.softmax(similar if varied is None else similar + varied, 1) @ self.keys
         near = _unit(_unit(near) + _KEPT * sentences)
-        build_weights = self._weights(near)
+        build_weights = self._solved(_kernel(near, self.keys))
         asked = _kernel(sentences, self.keys)
         colour_weights = self._solved(asked)
         explained = (asked * colour_weights).sum(1, keepdim=True).clamp(_LEAST_EXPLAINED, 1.0)
@@ -124,9 +125,6 @@ class TextRegression:
         values[:, _COLOUR] = _spread(colour, self.zone[_COLOUR]) * self.steps[_COLOUR, None, None]
         values[:, _COPIES] = values[:, [_OPACITY]]
         return cosine_transform(self.size).T @ values @ _waves(self.size)
-
-    def _weights(self, sentences: Tensor) -> Tensor:
-        return self._solved(_kernel(sentences, self.keys))
 
     def _solved(self, kernel: Tensor) -> Tensor:
         """Weights of the captions, [B, U]."""
@@ -204,7 +202,7 @@ class RegressionBuilder:
         self._objects.append(self._builds.setdefault(build, len(self._builds)))
         self._rows.append(self._captions.setdefault(caption, len(self._captions)))
 
-    def result(self, embed: object) -> TextRegression:
+    def result(self, embed: Callable[[list[str]], Tensor]) -> TextRegression:
         """The regression of what was added.
 
         Args:
