@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from generator.errors import InputError
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
 from generator.model.text import TextEncoder
+from tests import tiny_bundle
+from tests.test_prior import random_prior
 from trainer import stages
 from trainer.atlas import to_atlas
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
@@ -171,6 +174,8 @@ def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_pat
     with pytest.raises(InputError, match="python -m trainer stats"):
         (own / "normalization.safetensors").write_bytes((run / "normalization.safetensors").read_bytes())
         stages.finetune(preset, own)
+    assert following_base(preset).regression is None
+    preset = replace(preset, regression=True, regression_variety=0.0)
     for stage in (stages.stats, stages.finetune, stages.pack):
         stage(preset, own)
     pipeline = GaussianAtlasPipeline.from_pretrained(own / "bundle", device="cpu")
@@ -180,12 +185,33 @@ def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_pat
     known = data.prior.filter(values[:1], torch.zeros(1), torch.ones(1))
     torch.testing.assert_close(known.error[0, :, 0, 0], values.square().mean((0, 2, 3)).sqrt(), atol=1e-3, rtol=1e-2)
     assert torch.equal(pipeline.prior.covariance, data.prior.covariance)
+    told = [sample.record["captions"] for sample, _ in read_shards(own / "shards")]
+    assert len(pipeline.regression.rows) == len(told) and pipeline.info["regression"]["variety"] == 0
     further = following_base(replace(PRESETS["tiny"], finetune=replace(preset.finetune, base=str(own / "bundle"), prior=False)))
     shutil.copytree(run / "shards", tmp_path / "further" / "shards")
     stages.stats(further, tmp_path / "further")
     assert further.finetune.prior and torch.equal(
         stages.training_data(further, tmp_path / "further").prior.covariance, data.prior.covariance
     )
+
+
+    assert further.regression and further.regression_variety == 0
+    # What is said on the command line goes before what the base has.
+    config = further.finetune
+    assert not following_base(replace(PRESETS["tiny"], finetune=config, regression=False)).regression
+    assert following_base(replace(PRESETS["tiny"], finetune=config, regression=True)).regression_variety == 1
+    with pytest.raises(InputError, match="regression needs finetune.prior"):
+        following_base(replace(PRESETS["tiny"], regression=True))
+
+
+def test_the_plainest_caption_of_each_atlas_is_its_key():
+    plain = ["sofa", "a sofa", "a 3d model of a sofa", "a sofa for the living room"]
+    told = [plain, ["red sofa", "a red sofa", "a sofa made of leather"], ["x1"]]
+    asked = []
+    encoder = SimpleNamespace(sentences=lambda texts: asked.extend(texts) or torch.eye(len(texts), 8))
+    samples = [(SimpleNamespace(values=torch.rand(16, 32, 32), record={"captions": c, "object": c[0]}), "") for c in told]
+    found = stages.regression_of(samples, tiny_bundle.normalization(), random_prior(32), encoder)
+    assert asked == ["a sofa", "a red sofa", "x1"] and found.rows.tolist() == [0, 1, 2]
 
 
 def test_stages_that_come_too_early_say_what_to_run(tmp_path):

@@ -78,7 +78,8 @@ class Preset:
     damping_above: float = 2.0  # frequency, in turns round the atlas, beyond which sampling expects less of the prior than it says
     damping_variance: float = 1.0  # the share of its variance that is expected there; 1 expects all
     damping_noise: float = 1.0  # deviation of the noise that sampling begins with, up to that frequency: less is more typical
-    regression: bool = False  # the bundle knows what captions alone say of atlases: the mean of the prior (`generator.model.regression`)
+    # The bundle knows what captions alone say of atlases, the mean of the prior (`generator.model.regression`); None as the base does.
+    regression: bool | None = None
     regression_variance: float = 0.05  # the share of the prior's variance that sampling expects about that mean
     regression_network: float = 0.35  # weight of the network beside it
     regression_above: float = 600.0  # timestep from which up the network is asked
@@ -110,16 +111,24 @@ def following_base(preset: Preset) -> Preset:
     """The preset with the settings of the bundle that it goes on from, where it does: size, projection, channels, and its network's.
 
     Raises:
-        InputError: the base cannot be read, or the preset's fits have more Gaussians than its atlas has cells.
+        InputError: the base cannot be read, the preset's fits have more Gaussians than its atlas has cells, or it asks for a regression
+            without a prior.
     """
     bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
     if bundle is None:
-        return preset
+        return _checked(preset)
     kept = {"size": bundle.layout.size, "projection": bundle.layout.projection}
     kept |= {} if preset.relearn else {"channels": bundle.channels}
-    if bundle.regression is not None:
+    if preset.regression is None and bundle.regression is not None:
         kept |= {"regression": True} | {f"regression_{name}": value for name, value in bundle.info["regression"].items()}
-    return replace(preset, **kept, finetune=going_on(preset.finetune, bundle))
+    return _checked(replace(preset, **kept, finetune=going_on(preset.finetune, bundle)))
+
+
+def _checked(preset: Preset) -> Preset:
+    # Only now is it known whether there is a prior, and still before anything is trained.
+    if preset.regression and not preset.finetune.prior:
+        raise InputError("regression needs finetune.prior: it is that prior's mean")
+    return preset
 
 
 def small_unet(channels: tuple[int, ...], attention: tuple[bool, ...], size: int, heads: int = 8) -> dict:

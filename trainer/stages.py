@@ -34,6 +34,7 @@ from generator.coverage import coverage
 from generator.errors import InputError, WorkError
 from generator.files import replacing
 from generator.formats import load, save
+from generator.model.bundle import REGRESSION_SHARES
 from generator.model.prior import AtlasPrior, PriorAccumulator
 from generator.model.regression import RegressionBuilder, TextRegression, variances_of
 from generator.model.text import TextEncoder
@@ -479,16 +480,8 @@ def pack(preset: Preset, run: Path) -> None:
     info |= _damping(preset)
     prior, regression = _prior(preset, run), None
     if preset.regression:
-        if prior is None:
-            raise InputError("regression needs finetune.prior: it is that prior's mean")
         regression = regression_of(dataset.read_shards(run / "shards"), normalization, prior, encoder)
-        info["regression"] = {
-            "variance": preset.regression_variance,
-            "network": preset.regression_network,
-            "above": preset.regression_above,
-            "variety": preset.regression_variety,
-            "choice": preset.regression_choice,
-        }
+        info["regression"] = {name: getattr(preset, f"regression_{name}") for name in REGRESSION_SHARES}
     if config.distill_guidance:
         info["distilled_guidance"] = config.distill_guidance
     save_bundle(

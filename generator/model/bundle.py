@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FORMAT = "gaussian-atlas-bundle-1"
 # What a maker must say about a model.
 REQUIRED_INFO = ("name", "version", "licence", "trained_on")
+# What a bundle with a regression must say of its use, see `save_bundle`.
+REGRESSION_SHARES = ("variance", "network", "above", "variety", "choice")
 # Written by `save_bundle`, not by the caller.
 _OWN_INFO = ("format", "atlas", "files")
 
@@ -265,6 +267,11 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
         raise InputError(f"the model {text} is neither a folder here nor on the hub: {' '.join(str(error).split())[:200]}") from error
 
 
+def is_number(value: object) -> bool:
+    """Whether a value, of JSON for instance, is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normalization: Normalization, info: dict) -> None:
     fold = info.get("fold", 1)
     if not isinstance(fold, int) or fold < 1 or layout.size % fold:
@@ -286,7 +293,7 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
         knows = "a network that takes guidance as an input needs distilled_guidance above 1, any other none"
         raise InputError(f"{directory}: {knows}; this one {'takes' if takes else 'does not take'} it, and got {distilled!r}")
     defaults = info.get("defaults", {})
-    if not isinstance(defaults, dict) or any(type(value) not in (int, float) for value in defaults.values()):
+    if not isinstance(defaults, dict) or not all(map(is_number, defaults.values())):
         raise InputError(f"{directory}: defaults must be numbers by their names, got {defaults!r}")
     inference = info.get("inference", {})
     if not isinstance(inference, dict) or inference.get("dtype", "auto") not in ("auto", "float32", "bfloat16", "float16"):
@@ -297,7 +304,7 @@ def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout,
     damped = info.get("damping")
     if damped is not None:
         values = [damped.get("above"), damped.get("variance"), damped.get("noise", 1.0)] if isinstance(damped, dict) else [None]
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in values)
+        numbers = all(is_number(value) and value >= 0 for value in values)
         if prior is None or not numbers or max(values[1:]) > 1:
             raise InputError(f"{directory}: damping needs a prior, above (at least 0), variance and noise (0 to 1), got {damped!r}")
     if prior is None:
@@ -317,8 +324,8 @@ def _check_regression(
         if shares is not None:
             raise InputError(f"{directory}: bundle.json says how a regression is used, but there is none")
         return
-    values = [shares.get(key) for key in ("variance", "network", "above", "variety", "choice")] if isinstance(shares, dict) else [None]
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in values)
+    values = [shares.get(key) for key in REGRESSION_SHARES] if isinstance(shares, dict) else [None]
+    numbers = all(is_number(value) and value >= 0 for value in values)
     if prior is None or not numbers or max(values[:2]) > 1:
         needed = "a prior, variance and network (0 to 1), above, variety and choice (at least 0)"
         raise InputError(f"{directory}: a regression needs {needed}, got {shares!r}")

@@ -24,7 +24,7 @@ from ..atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization, fr
 from ..coverage import close_gaps
 from ..errors import Cancelled, InputError, WorkError
 from ..gaussians import Gaussians
-from .bundle import find_bundle, load_bundle, save_bundle
+from .bundle import find_bundle, is_number, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
@@ -531,17 +531,13 @@ def check_arguments(
     _check_count("seed", seed, 0, MAX_SEED - len(prompts) * num_samples_per_prompt + 1)
     if num_inference_steps is not None:
         _check_count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    if guidance_scale is not None and not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
+    if guidance_scale is not None and not (is_number(guidance_scale) and math.isfinite(guidance_scale)):
         raise InputError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
     if mix_prompt is not None and (not isinstance(mix_prompt, str) or not mix_prompt.strip()):
         raise InputError(f"mix_prompt must be text that is not empty, got {mix_prompt!r}")
     for name, value in (("mix_weight", mix_weight), ("strength", strength)):
-        if not (name == "strength" and value is None) and not (_is_number(value) and 0 <= value <= 1):
+        if not (name == "strength" and value is None) and not (is_number(value) and 0 <= value <= 1):
             raise InputError(f"{name} must be a number from 0 to 1, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: object, low: int, high: int) -> None:
