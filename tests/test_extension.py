@@ -117,7 +117,7 @@ def test_a_wrong_manifest_is_refused_with_its_reason(tmp_path, old, new, reason)
         extension.validate(tmp_path)
 
 
-@pytest.mark.parametrize(("python", "first", "last"), [("3.11", "4.5.0", "5.1.0"), ("3.13", "5.1.0", None)])
+@pytest.mark.parametrize(("python", "first", "last"), [("3.11", "4.5.0", "5.1.0"), ("3.13", "5.1.0", None), ("3.14", "5.1.0", None)])
 def test_each_python_names_the_blenders_that_run_it(python, first, last):
     source = (ROOT / extension.MANIFEST).read_text(encoding="utf-8")
     built = tomllib.loads(extension.built_manifest(source, extension.Target("linux-x64", python), ["a-1-py3-none-any.whl"]))
@@ -134,8 +134,9 @@ def test_each_python_names_the_blenders_that_run_it(python, first, last):
 def test_every_target_bundles_the_same_packages_at_the_locks_versions(target):
     wheels = extension.locked_wheels(target)
     names, pins = {wheel.name for wheel in wheels}, extension.wheel_pins(target)
-    assert pins.keys() == extension.wheel_pins(extension.host_target()).keys()
-    assert not names & {*extension.BLENDER_BRINGS, "setuptools", "torchvision"}
+    lacking = {*extension.BLENDER_BRINGS} - {*target.brought}  # in the Blender of a Linux distribution
+    assert pins.keys() == extension.wheel_pins(extension.host_target()).keys() | lacking
+    assert not names & {*target.brought, "numpy", "setuptools", "torchvision"}
     assert all(parse_wheel_filename(wheel.file)[3] & target.tags() for wheel in wheels)
     assert target.cuda == ("nvidia-cudnn-cu13" in names)
     assert target.cuda or names == pins.keys()
@@ -303,7 +304,15 @@ def test_a_wheel_without_long_paths_is_taken_as_it_is_and_a_long_module_refused(
 def project(tmp_path, monkeypatch):
     """project(name): a checkout of almost nothing, whose zips hold one wheel, written anew and in another order each time."""
     wheel = tiny_wheel(tmp_path)
-    monkeypatch.setattr(extension, "fetch_wheels", lambda target, folder, torch_index: [wheel])
+
+    def fetch(target: extension.Target, folder: Path, torch_index: str | None) -> list[Path]:
+        # By such a wheel Blender's index knows for which Python a zip is.
+        interpreter = f"cp{target.python.replace('.', '')}"
+        bound = tmp_path / f"zz_bound-1.0-{interpreter}-{interpreter}-{target.wheel_platforms()[0]}.whl"
+        shutil.copy(wheel, bound)
+        return [wheel, bound]
+
+    monkeypatch.setattr(extension, "fetch_wheels", fetch)
 
     def write(name: str = "project", version: str = "0.1.0", backwards: bool = False) -> Path:
         root = tmp_path / name
@@ -347,7 +356,8 @@ def test_a_change_anywhere_makes_another_zip(project):
     ("target", "reason"),
     [
         (extension.Target("amiga", "3.11"), "PLATFORM=amiga: choose one of linux-x64, "),
-        (extension.Target("linux-x64", "3.12"), "PYTHON=3.12: Blender runs 3.11 or 3.13"),
+        (extension.Target("linux-x64", "3.12"), "PYTHON=3.12: Blender runs 3.11 or 3.13 or 3.14"),
+        (extension.Target("windows-x64", "3.14"), "PYTHON=3.14: only Linux distributions"),
         (extension.Target("windows-x64", "3.13", cuda=True), "CUDA=1: .* for linux-x64, not windows-x64"),
     ],
 )
@@ -358,7 +368,8 @@ def test_a_target_that_does_not_exist_is_refused_with_its_reason(target, reason)
 
 def test_blenders_tool_installs_from_the_index_what_fits(project, tmp_path):
     root = project()
-    built = {python: extension.build(root, extension.Target(extension.host_target().platform, python)) for python in ("3.11", "3.13")}
+    pythons = ("3.11", "3.13", "3.14")
+    built = {python: extension.build(root, extension.Target(extension.host_target().platform, python)) for python in pythons}
     extension.build(root, extension.Target("linux-x64", "3.13", cuda=True))
     plain, cuda = extension.index(root)
     assert cuda.parent == plain.parent / "cuda"
@@ -371,7 +382,7 @@ def test_blenders_tool_installs_from_the_index_what_fits(project, tmp_path):
     repository.mkdir()
     extension.run_blender_tool("sync", "--remote-url", url, "--local-dir", repository, what="sync")
     fetch = ("install", "gaussian_atlas", "--remote-url", url, "--local-dir", repository)
-    for blender, python, upper in (("5.0.1", "3.11.13", "5.1.0"), ("5.2.0", "3.13.9", None)):
+    for blender, python, upper in (("5.0.1", "3.11.13", "5.1.0"), ("5.2.0", "3.13.9", None), ("5.2.2", "3.14.7", None)):
         extension.run_blender_tool(*fetch, "--blender-version", blender, "--python-version", python, what="install")
         assert extension.read_manifest(repository / "gaussian_atlas").get("blender_version_max") == upper
     with pytest.raises(extension.ExtensionError, match="not compatible"):

@@ -67,23 +67,50 @@ def start(user_folder: Path, extension_zip: Path | None = None) -> None:
         raise RuntimeError(f"{MODULE} did not enable; the reason is printed above")
 
 
+def python_of(blender: str) -> str:
+    """The Python in a Blender application, "3.11". Raises RuntimeError where there is no Blender at that path."""
+    ask = "import sys; print('python', *sys.version_info[:2])"
+    try:
+        said = subprocess.run([blender, "--background", "--factory-startup", "--python-expr", ask], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise RuntimeError(f"cannot run Blender at {blender}: {error.strerror}") from None
+    for line in said.splitlines():
+        if line.startswith("python "):
+            return ".".join(line.split()[1:])
+    raise RuntimeError(f"{blender} does not answer as Blender does")
+
+
+def fitting_zip(blender: str) -> Path:
+    """The newest zip in dist, else in dist/cuda, for this machine and a Blender application's Python. Raises RuntimeError."""
+    from extension import host_target
+
+    platform, python = host_target().platform, python_of(blender)
+    for folder in (ROOT / "dist", ROOT / "dist" / "cuda"):
+        found = folder.glob(f"{EXTENSION}-*-{platform}-cp{python.replace('.', '')}*.zip")
+        if archives := sorted(found, key=lambda path: path.stat().st_mtime):
+            return archives[-1]
+    raise RuntimeError(
+        f"dist has no zip for the Python {python} of {blender}: run `make extension PLATFORM={platform} PYTHON={python}` first"
+    )
+
+
+def install(blender: str, archive: Path, environment: dict[str, str]) -> None:
+    """Install and enable a zip in the user folder that `environment` names. Raises RuntimeError with what Blender said."""
+    command = [blender, "--background", "--command", "extension", "install-file", "--repo", REPOSITORY, "--enable", str(archive)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"Blender did not install {archive.name}: {(done.stdout + done.stderr).strip()[-300:]}")
+
+
 def _run_application(blender: str, arguments: list[str]) -> int:
-    archives = sorted((ROOT / "dist").glob(f"{EXTENSION}-*.zip"), key=lambda path: path.stat().st_mtime)
-    if not archives:
-        print("tools/blender.py: there is no dist/gaussian_atlas-*.zip to install in Blender: run `make extension` first", file=sys.stderr)
-        return 2
     environment = os.environ | {"BLENDER_USER_RESOURCES": str(USER_FOLDER)}
     USER_FOLDER.mkdir(exist_ok=True)
-    install = ["--command", "extension", "install-file", "--repo", REPOSITORY, "--enable", str(archives[-1])]
     try:
-        done = subprocess.run([blender, "--background", *install], env=environment)
-        if done.returncode:
-            print(f"tools/blender.py: Blender did not install {archives[-1].name}", file=sys.stderr)
-            return 1
-        return subprocess.run([blender, "--background", "--command", EXTENSION, *arguments], env=environment).returncode
-    except OSError as error:
-        print(f"tools/blender.py: cannot run Blender at {blender}: {error.strerror}", file=sys.stderr)
+        install(blender, fitting_zip(blender), environment)
+    except RuntimeError as error:
+        print(f"tools/blender.py: {error}", file=sys.stderr)
         return 2
+    return subprocess.run([blender, "--background", "--command", EXTENSION, *arguments], env=environment).returncode
 
 
 def main(arguments: list[str]) -> int:

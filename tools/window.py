@@ -71,7 +71,7 @@ def open_window(out: Path, blender: str, extension: Path | None = None, steps: i
         RuntimeError: the screen or Blender did not come up, or Blender ended before the end.
     """
     sys.path.insert(0, str(ROOT / "tools"))
-    from blender import EXTENSION, REPOSITORY, link_extension
+    from blender import EXTENSION, REPOSITORY, install, link_extension
 
     out.mkdir(parents=True, exist_ok=True)
     result = out / "window.json"
@@ -84,9 +84,7 @@ def open_window(out: Path, blender: str, extension: Path | None = None, steps: i
         environment = os.environ | {"BLENDER_USER_RESOURCES": str(user), "LIBGL_ALWAYS_SOFTWARE": "1"}
         if extension:
             user.mkdir()
-            install = ["--background", "--command", "extension", "install-file", "--repo", REPOSITORY, "--enable", str(extension)]
-            if subprocess.run([blender, *install], env=environment, capture_output=True).returncode:
-                raise RuntimeError(f"Blender did not install {extension}")
+            install(blender, extension, environment)
         else:
             link_extension(user)
         reader, writer = os.pipe()
