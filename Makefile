@@ -23,7 +23,7 @@ override PLATFORM := $(value PLATFORM)
 export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS PLATFORM BLENDER_PYTHON
 export TORCH_INDEX PYTHON311 PYTHON313
 
-.PHONY: help setup infinigen generate batch train test test-blender lint bench extension index docs lock lock-wheels clean
+.PHONY: help setup infinigen generate batch train test test-blender interop lint bench extension index docs lock lock-wheels clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,9 @@ test: $(STAMP) ## the whole suite, and the add-on's tests once more against the 
 
 test-blender: $(STAMP) ## the add-on's tests on Blender 4.5, 5.0 and 5.2, each in an environment of its own [VERSIONS="4.5 5.2"] [SKIP=1]
 	@$(RUN) tools/matrix.py $$VERSIONS $(if $(value SKIP),--skip-missing)
+
+interop: $(STAMP) ## other programs read our splat files and we theirs, as a table; those of npm go into .interop (220 MB, Node.js 20)
+	@$(RUN) tools/interop.py
 
 lint: $(STAMP) ## ruff, and Blender's check of the manifest
 	@$(RUN) -m ruff check .

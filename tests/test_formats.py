@@ -445,10 +445,10 @@ def test_spz_of_version_4_may_state_other_axes(tmp_path: Path) -> None:
     (tmp_path / "stated.spz").write_bytes(stated)
     held = load(tmp_path / "stated.spz")
     torch.testing.assert_close(held.means, ball.means * torch.tensor([-1.0, 1, -1]), atol=1e-4, rtol=0)
-    swapped = stated.replace(struct.pack("<III", 0xADBE0003, 4, 7), struct.pack("<III", 0xADBE0003, 4, 12))
-    (tmp_path / "swapped.spz").write_bytes(swapped)
-    with pytest.raises(InputError, match="swap Y and Z"):
-        load(tmp_path / "swapped.spz")
+    unknown = stated.replace(struct.pack("<III", 0xADBE0003, 4, 7), struct.pack("<III", 0xADBE0003, 4, 17))
+    (tmp_path / "unknown.spz").write_bytes(unknown)
+    with pytest.raises(InputError, match="are not known"):
+        load(tmp_path / "unknown.spz")
 
 
 def test_colour_that_depends_on_the_view_is_left_out_with_a_warning(tmp_path: Path) -> None:
