@@ -57,8 +57,8 @@ train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|everyday|paper
 	@test -n "$$PRESET" || { echo 'make train: PRESET is empty: make train PRESET=tiny (or starter, paper)' >&2; exit 2; }
 	@$(RUN) -m trainer train --preset="$$PRESET"
 
-test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension
-	@$(RUN) -m pytest
+test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension [COVERAGE=1]
+	@$(RUN) -m pytest $(if $(value COVERAGE),--cov)
 	@$(RUN) tools/extension.py test
 
 test-blender: $(STAMP) ## the add-on's tests on Blender 4.5, 5.0 and 5.2, each in an environment of its own [VERSIONS="4.5 5.2"] [SKIP=1]
@@ -67,8 +67,9 @@ test-blender: $(STAMP) ## the add-on's tests on Blender 4.5, 5.0 and 5.2, each i
 interop: $(STAMP) ## other programs read our splat files and we theirs, as a table; those of npm go into .interop (220 MB, Node.js 20)
 	@$(RUN) tools/interop.py
 
-lint: $(STAMP) ## ruff, and Blender's check of the manifest
+lint: $(STAMP) ## ruff, types by mypy, and Blender's check of the manifest
 	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
 	@$(RUN) tools/extension.py validate
 
 bench: $(STAMP) ## every benchmark beside its peer or reference
