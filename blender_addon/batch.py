@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from ..generator import vocabulary
 from ..generator.errors import InputError, WorkError
@@ -336,7 +337,7 @@ def _complain(error: BaseException, status: int) -> int:
 class _Parser(argparse.ArgumentParser):
     """Bad usage is one line, not the whole usage text."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
 

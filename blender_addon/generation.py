@@ -111,7 +111,8 @@ class Preview:
         colors = np.concatenate([host.colors.numpy(), host.opacities.numpy()[:, None]], axis=1).clip(0, 1)
         radii = np.exp(np.log(np.maximum(host.scales.numpy(), 1e-6)).mean(axis=1))
         arrays = (host.means.numpy(), colors, radii)
-        return cls(index, *(np.ascontiguousarray(values[finite], np.float32) for values in arrays), result)
+        positions, colors, radii = (np.ascontiguousarray(values[finite], np.float32) for values in arrays)
+        return cls(index, positions, colors, radii, result)
 
 
 class Watcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import bpy
 from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
@@ -133,9 +134,12 @@ def stored_provenance(object: bpy.types.Object) -> Provenance | None:
     stored = object.gaussian_atlas
     if not stored.prompt:
         return None
-    found = {field.name: getattr(stored, field.name) for field in fields(Provenance)}
-    # Blender keeps single precision: 3.7 would come back as 3.700000047683716.
-    return Provenance(**{name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()})
+    found: dict[str, Any] = {field.name: getattr(stored, field.name) for field in fields(Provenance)}
+    for name, value in found.items():
+        if isinstance(value, float):
+            # Blender keeps single precision: 3.7 would come back as 3.700000047683716.
+            found[name] = float(f"{value:.7g}")
+    return Provenance(**found)
 
 
 def metadata(object: bpy.types.Object, moved: bool = False) -> dict | None:
@@ -160,6 +164,8 @@ def metadata(object: bpy.types.Object, moved: bool = False) -> dict | None:
 
 def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
     """The provenance that an exported file carries; None where it has none or it is not readable as such."""
+    if metadata is None:
+        return None
     try:
         return Provenance(
             prompt=str(metadata["prompt"]),

@@ -46,20 +46,22 @@ class Change:
 def changes(scene: bpy.types.Scene) -> list[Change]:
     """What `apply` would change; empty where all is well."""
     is_plain = scene.view_settings.view_transform in ("Standard", "Raw")
-    needed = [("view_settings.view_transform", _LABELS["view_settings.view_transform"], "Standard", is_plain)]
+    needed: list[tuple[str, Any, bool]] = [("view_settings.view_transform", "Standard", is_plain)]
     if not is_plain:  # a look belongs to its view transform: Blender drops it with that
-        needed.append(("view_settings.look", _LABELS["view_settings.look"], "None", scene.view_settings.look == "None"))
+        needed.append(("view_settings.look", "None", scene.view_settings.look == "None"))
     if hasattr(scene, "cycles"):  # the Cycles add-on may be disabled
         for path in ("cycles.transparent_max_bounces", "cycles.min_transparent_bounces"):
-            needed.append((path, _LABELS[path], TRANSPARENT_BOUNCES, _get(scene, path) >= TRANSPARENT_BOUNCES))
-    return [Change(path, label, _get(scene, path), new) for path, label, new, fine in needed if not fine] + _smoothing(scene)
+            needed.append((path, TRANSPARENT_BOUNCES, _get(scene, path) >= TRANSPARENT_BOUNCES))
+    return [Change(path, _LABELS[path], _get(scene, path), new) for path, new, fine in needed if not fine] + _smoothing(scene)
 
 
 def _smoothing(scene: bpy.types.Scene) -> list[Change]:
     """The low-pass of splat renderers, for the camera and resolution as they are; what is keyframed or driven is left alone."""
     pixel = splat_object.pixel(scene)
+    if not pixel:
+        return []
     found = []
-    for object in scene.objects if pixel else ():
+    for object in scene.objects:
         modifier = _smoothed_by(object)
         if modifier and not inputs.is_animated(modifier, inputs.SMOOTHING):
             old, new = inputs.get_value(modifier, inputs.SMOOTHING), node_group.LOW_PASS_PIXELS * pixel

@@ -14,8 +14,9 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import Cancelled, InputError, WorkError
 from .version import program_version
@@ -37,7 +38,7 @@ _OPTIONS |= {"mix_prompt": "--mix", "mix_weight": "--mix-weight", "strength": "-
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
 
@@ -135,12 +136,13 @@ def _generate(arguments: list[str]) -> None:
     if options.init is None and (options.strength is not None or options.box is not None):
         raise InputError("--strength and --box need --init, the object to start from")
     source = None if options.init is None else _source(Path(options.init))
-    outputs, previews = _numbered(options.output, options.count), [None] * options.count
+    outputs = _numbered(options.output, options.count)
+    previews: list[Path] = []
     if options.preview is not None:
         if Path(options.preview).suffix.lower() != ".png":
             raise InputError(f"--preview {options.preview}: previews end in .png")
         previews = _numbered(options.preview, options.count)
-    for path in outputs + [path for path in previews if path is not None]:
+    for path in outputs + previews:
         check_writable(path)
 
     _say(f"loading {options.model}")
@@ -197,7 +199,7 @@ def _generate(arguments: list[str]) -> None:
     with ExitStack() as places:
         for path, gaussians, seed in zip(outputs, result.gaussians, result.seeds, strict=True):
             save(gaussians, places.enter_context(replacing(path)), metadata=provenance | {"seed": seed})
-        for path, picture in zip(previews, pictures, strict=bool(pictures)):
+        for path, picture in zip(previews, pictures, strict=True):
             save_png(picture, places.enter_context(replacing(path)))
     seconds["write"] = time.perf_counter() - before
     seconds["total"] = time.perf_counter() - started
@@ -213,8 +215,8 @@ def _source(path: Path) -> tuple[Gaussians, dict]:
     """
     from .formats import load, load_metadata, stated_up
 
-    gaussians, provenance = load(path, up=stated_up(path)), load_metadata(path)
-    if not (provenance or {}).get("layout_id"):
+    gaussians, provenance = load(path, up=stated_up(path)), load_metadata(path) or {}
+    if not provenance.get("layout_id"):
         raise InputError(f"--init {path}: the file does not say which cells its Gaussians are; generate the object again, to a .ply")
     return gaussians, provenance
 
@@ -251,7 +253,7 @@ def _edit(
 def _report(options, pipeline, result, outputs, previews, provenance, seconds, hint) -> None:
     objects = [
         {"output": str(output), "preview": None if preview is None else str(preview), "seed": seed, "gaussians": len(gaussians)}
-        for output, preview, seed, gaussians in zip(outputs, previews, result.seeds, result.gaussians, strict=True)
+        for output, preview, seed, gaussians in zip(outputs, previews or [None] * len(outputs), result.seeds, result.gaussians, strict=True)
     ]
     if options.json:
         model = {"name": pipeline.info["name"], "version": pipeline.info["version"], "sha256": pipeline.model_hash, "path": options.model}
@@ -371,5 +373,6 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     # A prompt may hold characters that a redirected stream cannot.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

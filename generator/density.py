@@ -39,7 +39,8 @@ class Field:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.density.shape
+        x, y, z = self.density.shape
+        return x, y, z
 
     def colors_at(self, points: np.ndarray) -> np.ndarray:
         """Display sRGB [N, 3] in 0..1 at points [N, 3], trilinear; grey where no splat reaches."""

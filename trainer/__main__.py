@@ -143,7 +143,7 @@ def _blind(arguments: list[str]) -> int:
         objects, method, _ = open_source(source, prompts, Protocol(seeds=1))
         made.append(objects)
         methods.append(method["name"])
-    pairs = write_page(options.output, tuple(methods), *made, options.seed)
+    pairs = write_page(options.output, (methods[0], methods[1]), made[0], made[1], options.seed)
     print(f"blind: {pairs} pairs in {options.output / 'blind.html'}; keep {options.output / 'key.json'} from the voters")
     return 0
 

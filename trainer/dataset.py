@@ -40,13 +40,16 @@ def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Pa
     directory.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     first = None
-    writer, partial, held = None, None, 0
+    writer, held = None, 0
+
+    def partial() -> Path:
+        return paths[-1].with_suffix(".partial")
 
     def close() -> None:
         nonlocal writer
         if writer is not None:
             writer.close()
-            partial.replace(paths[-1])
+            partial().replace(paths[-1])
             writer = None
 
     try:
@@ -59,15 +62,14 @@ def write_shards(samples: Iterable[tuple[str, Atlas, dict]], directory: str | Pa
             if writer is None or held == ATLASES_PER_SHARD:
                 close()
                 paths.append(directory / f"atlases-{len(paths):06d}.tar")
-                partial = paths[-1].with_suffix(".partial")
-                writer, held = webdataset.TarWriter(str(partial), compress=False), 0
+                writer, held = webdataset.TarWriter(str(partial()), compress=False), 0
             writer.write({"__key__": key, "safetensors": atlas.encode(torch.float16), "json": record})
             held += 1
         close()
     except BaseException:
         if writer is not None:
             writer.close()
-            partial.unlink(missing_ok=True)
+            partial().unlink(missing_ok=True)
         raise
     for stale in set(directory.glob("atlases-*.tar")) - set(paths):
         stale.unlink()

@@ -173,7 +173,11 @@ class Trainer:
         self.memory_format = fast_layout(self.device, torch.bfloat16 if self.bf16 else torch.float32)
         self.unet = build_unet(config, data.text_width, data.channels).to(self.device, memory_format=self.memory_format)
         # Whose guided predictions are learned.
-        self.teacher = load_base(config.base).bundle.load_unet(self.device) if config.distill_guidance else None
+        self.teacher = None
+        if config.distill_guidance:
+            bundle = load_base(config.base).bundle
+            assert bundle is not None  # build_unet has refused any other base
+            self.teacher = bundle.load_unet(self.device)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trainable = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -196,15 +200,17 @@ class Trainer:
         self._first = {name: row for row, name in reversed(list(enumerate(data.ids)))}
         weights = torch.tensor(config.channel_weights).repeat_interleave(4) if data.channels == CHANNELS else torch.ones(data.channels)
         self.channel_weights = (weights / weights.mean()).reshape(1, -1, 1, 1).to(self.device)
-        if config.prior and data.prior is None:
-            raise InputError("a network that corrects a prior needs that of the atlases")
-        self.prior = data.prior.to(self.device) if config.prior else None
+        self.prior = None
+        if config.prior:
+            if data.prior is None:
+                raise InputError("a network that corrects a prior needs that of the atlases")
+            self.prior = data.prior.to(self.device)
         self.render_loss = None
         if config.renders:
             if data.decoding is None:
                 raise InputError("losses on renders need the layout and the statistics of the atlases")
-            weights = (config.rgb_weight, config.mask_weight, config.lpips_weight)
-            self.render_loss = RenderLoss(data.decoding, weights, config.render_size, self.device)
+            on_renders = (config.rgb_weight, config.mask_weight, config.lpips_weight)
+            self.render_loss = RenderLoss(data.decoding, on_renders, config.render_size, self.device)
         self._ahead: dict[int, Future[Batch]] = {}
         self._reader = ThreadPoolExecutor(1, "atlases")
 
@@ -225,17 +231,17 @@ class Trainer:
             strata = (1 - (1 - strata) ** config.noise_first).clamp_max(1 - 1e-6)
         timesteps = (strata * len(self.alphas)).long()[torch.randperm(size, generator=generator)]
         picks = torch.rand(size, generator=generator)[share]
-        picks = (picks if step < 0 else picks**config.plain_first).tolist()
+        picks = picks if step < 0 else picks**config.plain_first
         dropped = (torch.rand(size, generator=generator) < config.text_dropout)[share]
         views = torch.rand(size, 5, generator=generator)[share]
         # A tenth at 1 exactly: of these predictions negative prompts are made.
         spread = torch.rand(size, generator=generator)[share] if self.teacher is not None else torch.zeros(len(picks))
         guidance = 1 + (config.distill_guidance - 1) * (spread / 0.9 - 0.1 / 0.9).clamp_min(0)
-        chosen = chosen[share].tolist()
-        clean = self.data.atlases[chosen].float()
+        own = chosen[share].tolist()
+        clean = self.data.atlases[own].float()
         noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds[share]])
-        captions = [self.data.captions[row] for row in chosen]
-        text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks, strict=True)]].float()
+        captions = [self.data.captions[row] for row in own]
+        text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks.tolist(), strict=True)]].float()
         text = torch.where(dropped[:, None, None], self.data.unconditional.to(text), text)
         return Batch(*(tensor.to(self.device) for tensor in (clean, noise, timesteps[share], text, views, guidance)))
 
@@ -294,6 +300,7 @@ class Trainer:
     @torch.no_grad()
     def _taught(self, image: Tensor, timesteps: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
         """What the teacher predicts, guided by [B]: [B, 16, H, W]."""
+        assert self.teacher is not None  # or there is nothing to be taught
         texts = torch.cat([text, self.data.unconditional.to(text).expand_as(text)])
         with self._autocast():
             both = self.teacher(torch.cat([image] * 2), timesteps.repeat(2), encoder_hidden_states=texts, return_dict=False)[0]
@@ -404,7 +411,7 @@ class Trainer:
                 loss = self.train_step()
                 recent.append(loss)
                 bar.update()
-                if main and (self.step % config.log_every == 0 or self.step == config.max_steps):
+                if writer is not None and (self.step % config.log_every == 0 or self.step == config.max_steps):
                     mean = sum(recent) / len(recent)
                     recent.clear()
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
@@ -413,7 +420,7 @@ class Trainer:
                     writer.add_scalar("samples_per_second", rate, self.step)
                     bar.set_postfix(loss=f"{mean:.4f}", samples_s=f"{rate:.2f}")
                 if self.step % config.checkpoint_every == 0 or self.step == config.max_steps:
-                    if main:
+                    if writer is not None:
                         self._report(writer)
                         self.save()
                     self.accelerator.wait_for_everyone()
@@ -523,7 +530,7 @@ def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS
     Raises:
         InputError: the base cannot be read, or its text width is not that of the text encoder.
     """
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     channels = channels * config.fold**2
     torch.manual_seed(config.seed)
@@ -568,8 +575,15 @@ def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
         raise InputError(f"base {config.base!r} was trained with a noise schedule that cannot be gone on with")
     prediction = bundle.scheduler_config["prediction_type"]
     # A network learns in few steps to see beyond the borders, or to correct a prior, and what it has learned it keeps.
-    kept = {"wrap": config.wrap or bundle.wrap, "prior": config.prior or bundle.prior is not None}
-    return replace(config, **kept, fold=bundle.fold, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
+    return replace(
+        config,
+        fold=bundle.fold,
+        wrap=config.wrap or bundle.wrap,
+        prior=config.prior or bundle.prior is not None,
+        prediction_type=prediction,
+        shift=found[0],
+        zero_terminal_snr=found[1],
+    )
 
 
 def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from generator.atlas import ChannelSpec
 from generator.errors import InputError
@@ -117,7 +118,7 @@ def following_base(preset: Preset) -> Preset:
     bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
     if bundle is None:
         return _checked(preset)
-    kept = {"size": bundle.layout.size, "projection": bundle.layout.projection}
+    kept: dict[str, Any] = {"size": bundle.layout.size, "projection": bundle.layout.projection}
     kept |= {} if preset.relearn else {"channels": bundle.channels}
     if preset.regression is None and bundle.regression is not None:
         kept |= {"regression": True} | {f"regression_{name}": value for name, value in bundle.info["regression"].items()}

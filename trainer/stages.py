@@ -353,6 +353,8 @@ def stats(preset: Preset, run: Path) -> None:
     for sample, layout_id in dataset.read_shards(run / "shards"):
         accumulator = accumulator or NormalizationAccumulator(layout_id, scores)
         accumulator.update(sample.values)
+    if accumulator is None:
+        raise InputError(f"no atlas in {run / 'shards'}: run `python -m trainer atlas` again")
     normalization = accumulator.result(preset.normalization)
     normalization.save(run / "normalization.safetensors")
     if preset.finetune.prior:
@@ -414,11 +416,12 @@ def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtla
 
     from .schedule import scheduler_config
 
-    config, decoding = trainer.config, trainer.data.decoding
+    config, decoding, encoder = trainer.config, trainer.data.decoding, trainer.data.encoder
+    assert decoding is not None and encoder is not None  # atlases from shards come with both
     solver = DPMSolverMultistepScheduler.from_config(scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr))
     info = {"fold": config.fold, "wrap": config.wrap, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
     info |= _damping(preset)
-    parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
+    parts = (encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
         yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts, prior=trainer.prior)
 
@@ -452,7 +455,7 @@ def pack(preset: Preset, run: Path) -> None:
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
     base = _base_record(config)
-    licences = {licence for _, licence in libraries} | (set(base["licence"].split(" AND ")) if config.base else set())
+    licences = {licence for _, licence in libraries} | (set(base["licence"].split(" AND ")) if isinstance(base, dict) else set())
     licences = {licence for licence in licences if not licence.startswith("CC0")}
     info = {
         "name": f"gaussian-atlas-{preset.name}",
@@ -480,6 +483,7 @@ def pack(preset: Preset, run: Path) -> None:
     info |= _damping(preset)
     prior, regression = _prior(preset, run), None
     if preset.regression:
+        assert prior is not None  # or the preset would have been refused
         regression = regression_of(dataset.read_shards(run / "shards"), normalization, prior, encoder)
         info["regression"] = {name: getattr(preset, f"regression_{name}") for name in REGRESSION_SHARES}
     if config.distill_guidance:

@@ -108,7 +108,7 @@ class ShardedAtlases:
             raise InputError(f"no atlases-*.tar in {directory}: run `python -m trainer atlas` first")
         for shard, path in enumerate(self.paths):
             self._index(shard, path)
-        self._files: dict[tuple[int, int], io.BufferedReader] = {}
+        self._files: dict[tuple[int, int], io.FileIO] = {}
         first = self._atlas(0) if self.places else None
         if first and first.layout_id != normalization.layout_id:
             raise InputError(
@@ -125,7 +125,10 @@ class ShardedAtlases:
                     if kind == "safetensors":
                         places[key] = (shard, member.offset_data, member.size)
                     elif kind == "json":
-                        records[key] = json.loads(archive.extractfile(member).read())
+                        file = archive.extractfile(member)
+                        if file is None:
+                            raise tarfile.TarError(f"{member.name} is no file")
+                        records[key] = json.loads(file.read())
             self.places += places.values()
             self.records += [records[key] for key in places]
         except (tarfile.TarError, KeyError, EOFError, OSError, ValueError) as error:

@@ -120,7 +120,7 @@ class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
 
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
         if not self.filepath:
-            self.filepath = bpy.path.clean_name(context.active_object.name) + self.filename_ext
+            self.filepath: str = bpy.path.clean_name(context.active_object.name) + self.filename_ext
         return ExportHelper.invoke(self, context, event)
 
     def execute(self, context: bpy.types.Context) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import bpy
 from bpy.props import FloatProperty, IntProperty
@@ -73,7 +73,7 @@ class ToMeshOperator(JobOperator, bpy.types.Operator):
 
         return work
 
-    def finish(self, context: bpy.types.Context, result: mesh.Solid) -> Iterator[set[str]]:
+    def finish(self, context: bpy.types.Context, result: mesh.Solid) -> Generator[set[str], None, None]:
         name, matrix, collection = self._source
         made = bpy.data.objects.new(f"{name} mesh", mesh.build(result, name, self._options))
         made.matrix_world = matrix

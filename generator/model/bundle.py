@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -267,7 +267,7 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
         raise InputError(f"the model {text} is neither a folder here nor on the hub: {' '.join(str(error).split())[:200]}") from error
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value, of JSON for instance, is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -303,7 +303,7 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
 def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict, info: dict) -> None:
     damped = info.get("damping")
     if damped is not None:
-        values = [damped.get("above"), damped.get("variance"), damped.get("noise", 1.0)] if isinstance(damped, dict) else [None]
+        values: list[Any] = [damped.get("above"), damped.get("variance"), damped.get("noise", 1.0)] if isinstance(damped, dict) else [None]
         numbers = all(is_number(value) and value >= 0 for value in values)
         if prior is None or not numbers or max(values[1:]) > 1:
             raise InputError(f"{directory}: damping needs a prior, above (at least 0), variance and noise (0 to 1), got {damped!r}")
@@ -324,7 +324,7 @@ def _check_regression(
         if shares is not None:
             raise InputError(f"{directory}: bundle.json says how a regression is used, but there is none")
         return
-    values = [shares.get(key) for key in REGRESSION_SHARES] if isinstance(shares, dict) else [None]
+    values: list[Any] = [shares.get(key) for key in REGRESSION_SHARES] if isinstance(shares, dict) else [None]
     numbers = all(is_number(value) and value >= 0 for value in values)
     if prior is None or not numbers or max(values[:2]) > 1:
         needed = "a prior, variance and network (0 to 1), above, variety and choice (at least 0)"

@@ -11,7 +11,7 @@ import html
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def write_page(folder: str | Path, methods: tuple[str, str], first: Sequence[Made], second: Sequence[Made], seed: int = 0) -> int:
+def write_page(folder: str | Path, methods: tuple[str, str], first: Iterable[Made], second: Iterable[Made], seed: int = 0) -> int:
     """Write `blind.html` and, not to be shown to voters, `key.json` into `folder`; the number of pairs.
 
     A pair is the first object of each method for the same prompt, from the same four sides.
@@ -120,7 +120,7 @@ def count(key_path: str | Path, votes: Sequence[str | Path]) -> Count:
     for (_, pair), choice in chosen.items():
         if choice != "same":
             wins[left[pair] if choice == "left" else 1 - left[pair]] += 1
-    return Count(tuple(methods), len({voter for voter, _ in chosen}), tuple(wins), len(chosen) - sum(wins))
+    return Count(tuple(methods), len({voter for voter, _ in chosen}), (wins[0], wins[1]), len(chosen) - sum(wins))
 
 
 def text(found: Count) -> str:

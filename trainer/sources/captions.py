@@ -248,7 +248,7 @@ def captions(name: str, category: str = "", tags: Iterable[str] = ()) -> list[st
     return list(dict.fromkeys(found))
 
 
-def colours_in(caption: str) -> set[str]:
+def colours_in(caption: str) -> frozenset[str]:
     """The colour words of a caption."""
     return COLOUR_WORDS & set(re.findall(r"[a-z]+", caption.lower()))
 
@@ -264,7 +264,9 @@ def with_colour(caption: str, colour: str) -> str:
     prefix, rest = "", caption
     if match := _PREFIX.match(caption):
         prefix, rest = match[1], match[2]
-    article, noun = re.match(r"(an? |the )?(.*)$", rest, re.DOTALL).groups()
+    found = re.match(r"(an? |the )?(.*)$", rest, re.DOTALL)
+    assert found is not None  # both parts may be empty
+    article, noun = found.groups()
     phrase = f"{colour} {noun}"
     if article in ("a ", "an "):
         phrase = f"{'an' if _AN.match(phrase) else 'a'} {phrase}"

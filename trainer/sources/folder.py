@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from generator.errors import InputError
 
@@ -39,7 +40,7 @@ def folder(path: str | Path, captions_file: str | Path | None = None) -> list[So
     rows: dict[str, dict] = {}
     for number, row in enumerate(_rows(captions_file), start=1):
         file, caption = row.get("file"), row.get("caption")
-        texts = caption if isinstance(caption, list) else [caption]
+        texts: list[Any] = caption if isinstance(caption, list) else [caption]
         if not isinstance(file, str) or not file.strip() or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InputError(f"{captions_file}: entry {number} needs a file and a caption")
         entry = rows.setdefault(file.strip().replace("\\", "/"), {"captions": []})

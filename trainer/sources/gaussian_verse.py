@@ -253,7 +253,7 @@ def outlier_table(directory: Path, objects: list[SourceObject]) -> str:
     for kind in [field.name for field in fields(Outliers)][1:]:
         of_kind = {identifier: count[kind] for identifier, count in counts.items() if count[kind]}
         if of_kind:
-            worst = max(of_kind, key=of_kind.get)
+            worst = max(of_kind, key=of_kind.__getitem__)
             share = sum(of_kind.values()) / total
             lines.append(f"  {kind:11} {sum(of_kind.values())} ({share:.2%}) in {len(of_kind)} objects, most in {worst}: {of_kind[worst]}")
     return "\n".join(lines)

@@ -152,6 +152,8 @@ class Child:
             text=True,
             start_new_session=True,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self._tasks, self._answers = self.process.stdin, self.process.stdout
         self.asked = 0
         if (self._answer() or {}).get("status") != "ready":
             self.close()
@@ -161,7 +163,7 @@ class Child:
         """The answer to one task; "failed" where the process died of it, after which it is of no more use."""
         self.asked += 1
         try:
-            print(json.dumps(task), file=self.process.stdin, flush=True)
+            print(json.dumps(task), file=self._tasks, flush=True)
         except OSError:
             pass
         return self._answer() or {
@@ -175,14 +177,14 @@ class Child:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self._tasks, self._answers):
             try:
                 stream.close()
             except OSError:
                 pass
 
     def _answer(self) -> dict | None:
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         try:
             return json.loads(line)
         except ValueError:
@@ -209,7 +211,8 @@ def _child(python: Path) -> Child:
 
 def _object(variant: Variant, answer: dict, directory: Path) -> SourceObject:
     factory = variant.factory
-    turn = {0: ((1, 0), (0, 1)), 90: ((0, -1), (1, 0)), -90: ((0, 1), (-1, 0)), 180: ((-1, 0), (0, -1))}[factory.turn]
+    turns = {0: (1.0, 0.0, 0.0, 1.0), 90: (0.0, -1.0, 1.0, 0.0), -90: (0.0, 1.0, -1.0, 0.0), 180: (-1.0, 0.0, 0.0, -1.0)}
+    xx, xy, yx, yy = turns[factory.turn]
     return SourceObject(
         id=variant.id,
         name=factory.nouns[0],
@@ -219,7 +222,7 @@ def _object(variant: Variant, answer: dict, directory: Path) -> SourceObject:
         creator="Infinigen",
         licence=LICENCE,
         library=LIBRARY,
-        rotation=((*map(float, turn[0]), 0.0), (*map(float, turn[1]), 0.0), (0.0, 0.0, 1.0)),
+        rotation=((xx, xy, 0.0), (yx, yy, 0.0), (0.0, 0.0, 1.0)),
         up="z",
     )
 

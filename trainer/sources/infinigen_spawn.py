@@ -462,7 +462,7 @@ def materials_of(maker) -> dict[str, list[str]]:
 
 def traits(maker) -> dict:
     """Switches and choices of a factory: has_arm, leg_type and the like."""
-    found = {}
+    found: dict[str, object] = {}
     for one in makers(maker, []):
         for name, value in vars(one).items():
             if isinstance(value, np.generic):

@@ -156,7 +156,7 @@ def looks(noun: str, surfaces: list[dict]) -> tuple[Part, list[Part]]:
             colour = "" if (word, colour) == ("leaves", "black") else colour
             named.append((share, Part(word, colour, material_word(largest["material"]))))
     named.sort(key=lambda entry: -entry[0])
-    material = max(made, key=made.get, default="")
+    material = max(made, key=made.__getitem__, default="")
     return Part("", "", material if made.get(material, 0) >= _MAIN_SHARE else ""), [part for _, part in named]
 
 
@@ -188,7 +188,8 @@ def _areas(obj: bytes) -> tuple[dict[str, float], list[str]]:
     vertices = np.array(b" ".join(b" ".join(line.split()[1:4]) for line in lines if line[:2] == b"v ").split(), dtype=np.float64)
     vertices = vertices.reshape(-1, 3)
     areas: dict[str, float] = {}
-    libraries, material, faces, seen = [], "", [], 0
+    libraries, material, seen = [], "", 0
+    faces: list[tuple[int, int, int]] = []
 
     def close() -> None:
         if faces:

@@ -120,6 +120,7 @@ def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> by
     # zipfile reads what the directory declares, packed and unpacked, in one piece: so the declarations are what has to be checked.
     if info.file_size > most:
         raise zipfile.BadZipFile(f"{info.filename} unpacks to more than {most // 2**20} MiB")
+    assert archive.filename is not None  # it was opened by its path
     if info.compress_size > Path(archive.filename).stat().st_size:
         raise zipfile.BadZipFile(f"{info.filename} is said to be larger than the archive")
     return archive.read(info)
