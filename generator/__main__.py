@@ -233,6 +233,12 @@ def _edit(
 
     if provenance["layout_id"] != pipeline.layout.id:
         raise InputError("--init was made by a model of another layout: take the model that made it")
+    # Gaussian i is taken for cell i, which holds for a whole atlas alone.
+    if len(gaussians) != pipeline.layout.count:
+        count = pipeline.layout.count
+        raise InputError(
+            f"--init holds {len(gaussians)} usable Gaussians where its atlas has {count} cells: which are missing is not known"
+        )
     atlas = pipeline.encode(gaussians, low_pass=float(provenance.get("low_pass", 0.0)))
     strength = (0.5 if box is None else 1.0) if strength is None else strength
     mask, cells = None, None

@@ -63,6 +63,15 @@ def choose(bpy, object, mask):
     attribute.data.foreach_set("value", mask)
 
 
+def spoil(path, count, row):
+    """Put NaN into one row of a binary .ply of that many."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"end_header\n") + len(b"end_header\n")
+    begin = start + row * ((len(content) - start) // count)
+    content[begin : begin + 4] = np.float32("nan").tobytes()
+    path.write_bytes(content)
+
+
 # Objects know their cells
 
 
@@ -180,6 +189,19 @@ def test_provenance_of_an_edit_travels_in_a_file(bpy, model, lamp, extension, tm
     assert not bpy.ops.gaussian_atlas.vary.poll(), "which cell a splat is cannot be told any more"
     read = extension("blender_addon.properties").provenance_from_metadata(old)
     assert read.prompt == "a lamp" and read.edit == "" and read.layout_id == ""
+
+
+@pytest.mark.parametrize(("count", "bad", "numbered"), [(16, None, True), (16, 0, False), (17, 0, False), (15, None, False)])
+def test_cells_are_told_by_rows_only_where_the_file_holds_a_whole_atlas(bpy, extension, torus, tmp_path, count, bad, numbered):
+    path = tmp_path / "atlas.ply"
+    provenance = extension("blender_addon.generation").Provenance("a ring", "", 0, 20, 2.0, "m", "0", "1", layout_id="some")
+    extension("generator.formats").save(torus(count), path, metadata=provenance.as_metadata())
+    if bad is not None:
+        spoil(path, count, bad)
+    assert bpy.ops.gaussian_atlas.import_splats(filepath=str(path)) == {"FINISHED"}
+    object = bpy.context.active_object
+    assert object.gaussian_atlas.prompt == "a ring" and len(object.data.points) == count - (bad is not None)
+    assert (extension("blender_addon.splat_object.cells").stored(object) is not None) is numbered
 
 
 # In-painting
