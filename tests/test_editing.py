@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -383,3 +385,20 @@ def test_records_survive_and_damage_is_told() -> None:
             parse_edit(text)
     with pytest.raises(InputError, match="morph"):
         parse_edit(of_morph({}, {}))
+
+
+def test_a_record_is_described_or_nothing_is_said() -> None:
+    lamp, car = {"prompt": "a lamp", "seed": 3}, {"prompt": "a car"}
+    assert describe(of_edit(lamp, 0.25)) == "Variation, strength 0.25, of \u201ca lamp\u201d, seed 3"
+    assert describe(of_edit(lamp, 1.0, np.arange(3))) == "Some cells anew, strength 1, in \u201ca lamp\u201d, seed 3"
+    assert describe(of_morph(lamp, car)) == "Morph of \u201ca lamp\u201d and \u201ca car\u201d"
+    for kind, damage in (
+        ("variation", {"strength": 0.5, "source": "x"}),
+        ("variation", {"strength": "x", "source": {}}),
+        ("inpainting", {"strength": [1], "source": {}}),
+        ("inpainting", {"source": {}}),
+        ("morph", {"first": "x", "second": {}}),
+        ("morph", {"first": {}, "second": 7}),
+        (["variation"], {}),
+    ):
+        assert describe(json.dumps({"kind": kind, **damage})) == ""
