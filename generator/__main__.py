@@ -193,7 +193,7 @@ def _generate(arguments: list[str]) -> None:
         pictures = [render(gaussians, Cameras.orbit(count=1, size=PREVIEW_SIZE)).rgb[0] for gaussians in result.gaussians]
         seconds["preview"] = time.perf_counter() - before
     before = time.perf_counter()
-    # All files take their places together at the end of the block, or none does.
+    # Files are renamed to their places when all are written; only a rename that fails can leave some without the others.
     with ExitStack() as places:
         for path, gaussians, seed in zip(outputs, result.gaussians, result.seeds, strict=True):
             save(gaussians, places.enter_context(replacing(path)), metadata=provenance | {"seed": seed})
@@ -211,11 +211,14 @@ def _source(path: Path) -> tuple[Gaussians, dict]:
     Raises:
         InputError: it cannot be read, or does not say which cell each Gaussian is.
     """
-    from .formats import load, load_metadata, stated_up
+    from .formats import load, load_metadata
 
-    gaussians, provenance = load(path, up=stated_up(path)), load_metadata(path)
-    if not (provenance or {}).get("layout_id"):
+    gaussians, provenance = load(path), load_metadata(path) or {}
+    if not provenance.get("layout_id"):
         raise InputError(f"--init {path}: the file does not say which cells its Gaussians are; generate the object again, to a .ply")
+    low_pass = provenance.get("low_pass", 0.0)
+    if isinstance(low_pass, bool) or not isinstance(low_pass, int | float) or not 0 <= low_pass < float("inf"):
+        raise InputError(f"--init {path}: its low_pass is not a number of at least 0 but {json.dumps(low_pass)}; generate the object again")
     return gaussians, provenance
 
 
@@ -299,8 +302,8 @@ def _info(arguments: list[str]) -> None:
     width = max(map(len, found))
     for key, value in found.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{name}: {_short(entry)}" for name, entry in value.items())
-        print(f"{key:<{width}}  {_short(value)}")
+            value = ", ".join(f"{_short(name)}: {_short(entry)}" for name, entry in value.items())
+        print(f"{_short(key):<{width}}  {_short(value)}")
 
 
 def _describe_file(path: Path) -> dict:
@@ -363,6 +366,8 @@ def _numbered(name: str, count: int) -> list[Path]:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.isprintable():  # a file's text must not give orders to the terminal
+        text = json.dumps(value)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -359,11 +359,13 @@ def test_edits_from_the_command_line(tmp_path: Path, tiny: Path, capsys: pytest.
     assert describe(load_metadata(again)["edit"]) == "Variation, strength 0, of \u201ca red car\u201d, seed 7"
 
     save(before, tmp_path / "plain.ply")
+    save(before, tmp_path / "width.ply", metadata | {"low_pass": "abc"})
     save(before[1:], tmp_path / "cut.ply", metadata)  # as a conversion leaves an atlas with a row that is not finite
     for arguments, message in (
         (("--strength", 0.5), "need --init"),
         (("--init", tmp_path / "plain.ply"), "does not say which cells"),
         (("--init", tmp_path / "cut.ply"), f"holds {COUNT - 1} usable Gaussians where its atlas has {COUNT} cells"),
+        (("--init", tmp_path / "width.ply"), 'its low_pass is not a number of at least 0 but "abc"'),
         (("--init", tmp_path / "no.ply"), "does not exist"),
         (("--init", lamp, "--strength", 1.5), "--strength must be"),
         (("--init", lamp, "--box", 9, 9, 9, 10, 10, 10), "--box holds none"),
