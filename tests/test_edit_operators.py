@@ -296,6 +296,29 @@ def test_what_cannot_be_edited_says_why(bpy, model, lamp, extension, torus):
         assert not operator.poll()
 
 
+def test_a_linked_object_is_varied_but_not_changed(bpy, model, lamp, extension, tmp_path):
+    name = lamp.name
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "lamp.blend"))
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    with bpy.data.libraries.load(str(tmp_path / "lamp.blend"), link=True) as (_, here):
+        here.objects = [name]
+    (linked,) = here.objects
+    mine = bpy.data.objects.new("mine", linked.data)  # the object is this file's, its splats are not
+    properties = extension("blender_addon.properties")
+    properties.store_provenance(mine, properties.stored_provenance(linked))
+    for object in (linked, mine):
+        bpy.context.scene.collection.objects.link(object)
+        bpy.context.view_layer.objects.active = object
+        assert not bpy.ops.gaussian_atlas.inpaint.poll()
+        assert bpy.ops.gaussian_atlas.vary(strength=0.1, seed=1, count=1) == {"FINISHED"}
+        assert bpy.context.active_object.library is None and bpy.context.active_object != object
+    copy = mine.copy()
+    copy.data = linked.data.copy()
+    bpy.context.scene.collection.objects.link(copy)
+    bpy.context.view_layer.objects.active = copy
+    assert bpy.ops.gaussian_atlas.inpaint.poll()
+
+
 def test_an_object_of_another_model_is_refused(bpy, model, lamp, extension):
     attribute = lamp.data.attributes["atlas_cell"]
     attribute.data.foreach_set("value", np.arange(1024, dtype=np.int32) + 2000)
