@@ -90,22 +90,31 @@ def apply(scene: bpy.types.Scene) -> list[Change]:
     return todo
 
 
-def restore(scene: bpy.types.Scene) -> list[Change]:
-    """Put the remembered values back. Returns what was changed."""
-    done = []
+def restore(scene: bpy.types.Scene) -> tuple[list[Change], list[str]]:
+    """Put the remembered values back and forget them. Returns what was changed, and a line for each that could not be."""
+    done, refused = [], []
     for path, value in stored_values(scene).items():  # the view transform comes before its look
         if path.startswith(_OBJECTS) and _smoothed_by(scene.objects.get(path.removeprefix(_OBJECTS))) is None:
             continue  # the object is gone
-        done.append(Change(path, _label(path), _get(scene, path), value))
-        _set(scene, path, value)
+        try:
+            change = Change(path, _label(path), _get(scene, path), value)
+            _set(scene, path, value)
+        except (AttributeError, TypeError, ValueError, OverflowError):  # of another Blender, or of an add-on that is disabled
+            refused.append(f"{_label(path)}: {value!r} cannot be put back here")
+        else:
+            done.append(change)
     scene.gaussian_atlas.stored_render_settings = ""
-    return done
+    return done, refused
 
 
 def stored_values(scene: bpy.types.Scene) -> dict[str, Any]:
-    """The values from before `apply`, by path."""
-    stored = scene.gaussian_atlas.stored_render_settings
-    return json.loads(stored) if stored else {}
+    """The values from before `apply`, by path; what a damaged file holds beside them is left out."""
+    try:
+        stored = json.loads(scene.gaussian_atlas.stored_render_settings or "{}")
+    except ValueError:
+        return {}
+    known = stored.items() if isinstance(stored, dict) else ()
+    return {path: value for path, value in known if path in _LABELS or path.startswith(_OBJECTS)}
 
 
 def _label(path: str) -> str:
@@ -121,7 +130,7 @@ def _get(scene: bpy.types.Scene, path: str) -> Any:
 
 def _set(scene: bpy.types.Scene, path: str, value: Any) -> None:
     if path.startswith(_OBJECTS):
-        inputs.set_value(_smoothed_by(scene.objects[path.removeprefix(_OBJECTS)]), inputs.SMOOTHING, value)
+        inputs.set_value(_smoothed_by(scene.objects[path.removeprefix(_OBJECTS)]), inputs.SMOOTHING, float(value))
         return
     owner, _, name = path.partition(".")
     setattr(getattr(scene, owner), name, value)

@@ -195,7 +195,7 @@ def _generate(arguments: list[str]) -> None:
         pictures = [render(gaussians, Cameras.orbit(count=1, size=PREVIEW_SIZE)).rgb[0] for gaussians in result.gaussians]
         seconds["preview"] = time.perf_counter() - before
     before = time.perf_counter()
-    # All files take their places together at the end of the block, or none does.
+    # Files are renamed to their places when all are written; only a rename that fails can leave some without the others.
     with ExitStack() as places:
         for path, gaussians, seed in zip(outputs, result.gaussians, result.seeds, strict=True):
             save(gaussians, places.enter_context(replacing(path)), metadata=provenance | {"seed": seed})
@@ -213,11 +213,14 @@ def _source(path: Path) -> tuple[Gaussians, dict]:
     Raises:
         InputError: it cannot be read, or does not say which cell each Gaussian is.
     """
-    from .formats import load, load_metadata, stated_up
+    from .formats import load, load_metadata
 
-    gaussians, provenance = load(path, up=stated_up(path)), load_metadata(path) or {}
+    gaussians, provenance = load(path), load_metadata(path) or {}
     if not provenance.get("layout_id"):
         raise InputError(f"--init {path}: the file does not say which cells its Gaussians are; generate the object again, to a .ply")
+    low_pass = provenance.get("low_pass", 0.0)
+    if isinstance(low_pass, bool) or not isinstance(low_pass, int | float) or not 0 <= low_pass < float("inf"):
+        raise InputError(f"--init {path}: its low_pass is not a number of at least 0 but {json.dumps(low_pass)}; generate the object again")
     return gaussians, provenance
 
 
@@ -235,6 +238,12 @@ def _edit(
 
     if provenance["layout_id"] != pipeline.layout.id:
         raise InputError("--init was made by a model of another layout: take the model that made it")
+    # Gaussian i is taken for cell i, which holds for a whole atlas alone.
+    if len(gaussians) != pipeline.layout.count:
+        count = pipeline.layout.count
+        raise InputError(
+            f"--init holds {len(gaussians)} usable Gaussians where its atlas has {count} cells: which are missing is not known"
+        )
     atlas = pipeline.encode(gaussians, low_pass=float(provenance.get("low_pass", 0.0)))
     strength = (0.5 if box is None else 1.0) if strength is None else strength
     mask, cells = None, None
@@ -295,8 +304,8 @@ def _info(arguments: list[str]) -> None:
     width = max(map(len, found))
     for key, value in found.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{name}: {_short(entry)}" for name, entry in value.items())
-        print(f"{key:<{width}}  {_short(value)}")
+            value = ", ".join(f"{_short(name)}: {_short(entry)}" for name, entry in value.items())
+        print(f"{_short(key):<{width}}  {_short(value)}")
 
 
 def _describe_file(path: Path) -> dict:
@@ -359,6 +368,8 @@ def _numbered(name: str, count: int) -> list[Path]:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.isprintable():  # a file's text must not give orders to the terminal
+        text = json.dumps(value)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -132,6 +132,9 @@ class InpaintOperator(EditOperator, JobOperator, bpy.types.Operator):
     def poll(cls, context: bpy.types.Context) -> bool:
         object = context.active_object
         problem = problem_of(object)
+        # What is changed in a linked object is lost with the session.
+        if not problem and (object.library is not None or object.data.library is not None):
+            problem = "The active object is linked from another file: make it local to regenerate its splats"
         if not problem and morph.modifier_of(object):
             problem = "A morph has no splats of its own: choose one of its objects"
         if problem:

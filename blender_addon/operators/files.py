@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from math import isqrt
 from pathlib import Path
 
 import bpy
@@ -70,6 +71,7 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
     def _read(self, context: bpy.types.Context, path: Path) -> tuple[bpy.types.Object, list[str]]:
         """The object of a file, and what was left out of it."""
         from ...generator import formats
+        from ...generator.formats.raw import RowsDropped
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -81,7 +83,9 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
         provenance = properties.provenance_from_metadata(formats.load_metadata(path))
         if provenance:
             properties.store_provenance(object, provenance)
-            if provenance.layout_id and up == "Z":
+            # Row i is cell i only of a whole atlas, which is square.
+            whole = isqrt(len(gaussians)) ** 2 == len(gaussians) and not any(issubclass(w.category, RowsDropped) for w in caught)
+            if provenance.layout_id and up == "Z" and whole:
                 cells.number(object)
         return object, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
