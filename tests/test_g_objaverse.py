@@ -146,6 +146,9 @@ def test_bad_folders_are_one_line(tmp_path):
         camera.write_text(json.dumps(content))
         with pytest.raises(InputError, match=words):
             read_views(folder, "a", SIDE)
+    camera.write_text("[" * 200_000)
+    with pytest.raises(InputError, match="not a camera"):
+        read_views(folder, "a", SIDE)
     camera.write_text(json.dumps(entry))
     (folder / "00000" / "00000_nd.exr").write_bytes(b"no depth")
     with pytest.raises(InputError, match="no depth"):

@@ -136,6 +136,9 @@ def test_bad_libraries_are_named(tmp_path):
         sweet_home_3d(library(path, PROPERTIES.replace("59.4", "wide")))
     with pytest.raises(InputError, match="needs 9 numbers"):
         sweet_home_3d(library(path, PROPERTIES.replace("0 -1 0", "0 -1")))
+    with pytest.raises(InputError, match="names a b, which") as caught:
+        sweet_home_3d(library(path, PROPERTIES.replace("/chairs/chair.obj", "a\\u000ab")))
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no furniture"):
         sweet_home_3d(library(path, "name=empty\n"))
 
@@ -341,6 +344,43 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "data" / "broken.json").write_text("{")
     with pytest.raises(InputError, match="not readable as JSON"):
         open_source(tmp_path / "data" / "broken.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.obj", "x" * 5000 + ".obj", "gone\nInputError: none.obj", "\ud800.obj", ".", "/", "\N{LINE SEPARATOR}.obj"]
+)
+def test_names_that_no_file_can_have_are_one_line(tmp_path, name):
+    captions_file = tmp_path / "captions.json"
+    captions_file.write_text(json.dumps({name: "a chair"}))
+    with pytest.raises(InputError, match=r"captions\.json: ") as caught:
+        open_source(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_source_by_an_endless_name_is_none(tmp_path):
+    for spec in ("x" * 5000, "infinigen:" + "x" * 5000, "/".join(["x" * 300] * 2)):
+        with pytest.raises(InputError):
+            open_source(spec, tmp_path)
+
+
+def test_quoted_captions_keep_their_line_ends_apart(tmp_path):
+    _meshes(tmp_path, "a.obj", "b.obj")
+    text = 'file,caption,creator\na.obj,"a red\nchair","Zoe, Maker"\n\nb.obj,a next\u0085line\u2028lamp,Ann\n'
+    (tmp_path / "captions.csv").write_bytes(text.replace("\n", "\r\n").encode())
+    chair, lamp = folder(tmp_path)
+    assert (chair.captions, chair.creator) == (["a red chair"], "Zoe, Maker")
+    assert (lamp.captions, lamp.creator) == (["a next line lamp"], "Ann")
+    lines = [json.dumps({"file": name, "caption": f"a\u2028{name}\u0085x"}, ensure_ascii=False) for name in ("a.obj", "b.obj")]
+    (tmp_path / "captions.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert [s.captions for s in folder(tmp_path, tmp_path / "captions.jsonl")] == [["a a.obj x"], ["a b.obj x"]]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_captions_that_are_nested_too_deeply_are_one_line(tmp_path, kind):
+    path = tmp_path / f"captions.{kind}"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(InputError, match=rf"captions\.{kind}: not readable as JSON"):
+        open_source(tmp_path)
 
 
 def test_open_source_picks_by_what_the_path_is(tmp_path):

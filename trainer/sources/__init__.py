@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,20 +55,20 @@ def open_source(spec: str | Path, cache: str | Path = "build/sources", workers: 
         InputError: `spec` is none of these, or what it names cannot be read.
         WorkError: the libraries could not be fetched, or Infinigen could not run.
     """
-    path = Path(spec)
+    path = Path(spec)  # asked through os.path, which takes any name, too long a one too
     name, _, count = str(spec).partition(":")
-    if name == INFINIGEN and not path.exists():
+    if name == INFINIGEN and not os.path.exists(path):
         if count and not count.isdecimal():
             raise InputError(f"{spec}: give the number of objects, such as {INFINIGEN}:1000")
         return infinigen(int(count), cache, workers) if count else infinigen(cache=cache, workers=workers)
     if str(spec) == SWEET_HOME_3D and not path.exists():
         path = download_sweet_home_3d(cache)
-    if path.is_dir():
+    if os.path.isdir(path):
         libraries = sorted(path.glob("*.sh3f"))
         if libraries:
             return [source for library in libraries for source in sweet_home_3d(library)]
         return folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{spec}: no such source: give a .sh3f file, a folder of meshes with captions.csv, {SWEET_HOME_3D} or {INFINIGEN}")
     if path.suffix.lower() in {Path(name).suffix for name in CAPTION_FILES}:
         return folder(path.parent, path)

@@ -118,7 +118,7 @@ def _read(directory: Path, variant: Variant) -> dict | None:
         answer = json.loads((directory / f"{variant.id}.json").read_text(encoding="utf-8"))
         current = answer["recipe"] == RECIPE and answer["seed"] == variant.seed
         whole = answer["status"] != "ok" or (directory / f"{variant.id}.ply").is_file()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return answer if current and whole else None
 
