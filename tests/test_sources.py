@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import subprocess
 import zipfile
 from pathlib import Path
@@ -90,6 +91,30 @@ def test_a_catalogue_becomes_objects(tmp_path):
 )
 def test_java_properties(text, expected):
     assert parse_properties(text) == expected
+
+
+def test_catalogues_cannot_hang_their_reader(tmp_path):
+    """Each took minutes, or far longer, by work that grew with the square of its size."""
+    text = "long=" + "a\\\n" * 1_000_000 + "b"
+    assert parse_properties(text) == {"long": "a" * 1_000_000 + "b"}
+    assert objects.unique_slugs(["chair"] * 100_000)[-1] == "chair-100000"
+    mtl = "newmtl wood\nmap_Kd " + "x " * 30_000 + "\nmap_Kd " + "x/" * 2_000_000 + "\nmap_Kd -mm 0 1 My Wood.jpg\n"
+    source = sweet_home_3d(library(tmp_path / "test.sh3f", **{"chairs/chair.mtl": mtl}))[0]
+    assert extract(source, tmp_path / "out").with_suffix(".mtl").read_text() == "newmtl wood\nmap_Kd -mm 0 1 texture_0.jpg\n"
+
+
+def test_unique_slugs_are_numbered_in_order():
+    def slowly(texts):
+        taken = []
+        for text in texts:
+            base = objects.slug(text)
+            taken.append(next(name for number in range(1, 1000) if (name := base if number == 1 else f"{base}-{number}") not in taken))
+        return taken
+
+    chance = random.Random(0)
+    for _ in range(200):
+        texts = chance.choices(["a", "a 2", "A!", "a-2-2", "a-3", "b", "été", "ÉTÉ", "", "object 2"], k=20)
+        assert objects.unique_slugs(texts) == slowly(texts)
 
 
 def test_extract_writes_a_clean_model(tmp_path):

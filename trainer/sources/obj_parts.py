@@ -16,7 +16,7 @@ from PIL import Image
 from generator.files import replacing
 
 from .captions import Part
-from .objects import MAX_OBJECT_BYTES, read_entry
+from .objects import MAX_OBJECT_BYTES, read_entry, texture_names
 
 # Parts of a material's name -> material, the first that is found; makers wrote in English, French, Spanish, Catalan, Portuguese.
 _MATERIALS = {
@@ -230,8 +230,7 @@ def _read_colours(text: str, read: Callable[[str], bytes | None], colours: dict[
             # What programs write where nobody chose a colour.
             colours[name] = None if not colour or tuple(colour) in _DEFAULTS else colour
         elif words[0] == "map_Kd":
-            parts = words[1].split()
-            pixels = next((data for first in range(len(parts)) if (data := read(" ".join(parts[first:]))) is not None), None)
+            pixels = next((data for _, reference in texture_names(words[1]) if (data := read(reference)) is not None), None)
             colours[name] = _mean(pixels) if pixels else None
 
 

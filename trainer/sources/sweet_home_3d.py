@@ -52,16 +52,17 @@ def sweet_home_3d(path: str | Path) -> list[SourceObject]:
 def parse_properties(text: str) -> dict[str, str]:
     """Key and value pairs of a Java .properties text (already decoded from Latin-1): comments, escapes, continued lines."""
     properties = {}
-    pending = ""
+    pending: list[str] = []
     for raw in re.split(r"\r\n|\r|\n", text):
-        line = pending + raw.lstrip(" \t\f")
+        line = raw.lstrip(" \t\f")
         if not pending and (not line or line[0] in "#!"):
             continue
         # A line goes on where it ends in an odd number of backslashes.
         if (len(line) - len(line.rstrip("\\"))) % 2:
-            pending = line[:-1]
+            pending.append(line[:-1])
             continue
-        pending = ""
+        line = "".join([*pending, line])
+        pending.clear()
         split = re.match(r"((?:\\.|[^\\=: \t\f])*)[ \t\f]*[=:]?[ \t\f]*(.*)", line, re.DOTALL)
         properties[_unescape(split[1])] = _unescape(split[2])
     return properties
