@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import subprocess
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -115,6 +117,21 @@ def test_unique_slugs_are_numbered_in_order():
     for _ in range(200):
         texts = chance.choices(["a", "a 2", "A!", "a-2-2", "a-3", "b", "été", "ÉTÉ", "", "object 2"], k=20)
         assert objects.unique_slugs(texts) == slowly(texts)
+
+
+def test_ids_without_latin_letters_hang_on_the_name_alone(tmp_path):
+    names = ["椅子", "桌子", "Стол", "стол 2", "chair ٣", "chair ٤", "木 chair", "ガラス"]
+    ids = objects.unique_slugs(names)
+    assert len(set(ids)) == len(names) and all(re.fullmatch(r"(object|2|chair)-[0-9a-f]{6}", name) for name in ids)
+    assert objects.unique_slugs(reversed(names)) == ids[::-1], "not on its place in the list"
+    assert objects.unique_slugs([unicodedata.normalize("NFD", "ガラス"), "椅子"]) == [ids[-1], ids[0]]
+    assert objects.unique_slugs(["椅子", "椅子"]) == [ids[0], f"{ids[0]}-2"]
+    assert objects.unique_slugs(["Frame Hôi An", "Straße Øre", "Bill 10€", "🪑"]) == ["frame-h-i-an", "stra-e-re", "bill-10", "object"]
+    _meshes(tmp_path, "椅子.obj", "桌子.obj")
+    (tmp_path / "captions.json").write_text(json.dumps({"椅子.obj": "chair", "桌子.obj": "table"}))
+    both = [source.id for source in folder(tmp_path)]
+    (tmp_path / "captions.json").write_text(json.dumps({"桌子.obj": "table"}))
+    assert [source.id for source in folder(tmp_path)] == both[1:] == [ids[1]]
 
 
 def test_extract_writes_a_clean_model(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -58,12 +60,20 @@ def slug(text: str) -> str:
 
 
 def unique_slugs(texts: Iterable[str]) -> list[str]:
-    """Slugs in order; the second and later of equal ones get -2, -3 and so on."""
+    """Slugs in order; the second and later of equal ones get -2, -3 and so on.
+
+    Where a slug loses letters or digits of other scripts than Latin, a piece of the text's hash stands for them: two such
+    texts are told apart by what they say, not by their order.
+    """
     taken: set[str] = set()
     numbers: dict[str, int] = {}  # the last one that was given to each slug
     slugs = []
     for text in texts:
         base = slug(text)
+        if any(_is_lost(letter) for letter in text):
+            # The same name in one file system is composed, in another decomposed.
+            composed = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
+            base = f"{base}-{hashlib.sha256(composed).hexdigest()[:6]}"
         number = numbers.get(base, 1)
         candidate = base if number == 1 else f"{base}-{number}"
         while candidate in taken:
@@ -73,6 +83,11 @@ def unique_slugs(texts: Iterable[str]) -> list[str]:
         taken.add(candidate)
         slugs.append(candidate)
     return slugs
+
+
+def _is_lost(letter: str) -> bool:
+    """Whether a slug says nothing of a letter or digit. Latin letters with accents are not spelled either, but their words are."""
+    return letter.isalnum() and not letter.isascii() and not unicodedata.name(letter, "").startswith("LATIN ")
 
 
 def texture_names(value: str) -> Iterator[tuple[list[str], str]]:
