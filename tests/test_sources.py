@@ -328,6 +328,9 @@ def test_materials_and_parts_are_read_from_an_obj(tmp_path):
     path.touch()
     kept.write_text("damaged")
     assert "a wooden table" in sweet_home_3d(path)[0].captions
+    kept.unlink()
+    kept.mkdir()  # as in a folder of which nothing but reading is allowed, this file cannot be made
+    assert "a wooden table" in sweet_home_3d(path)[0].captions
 
 
 def test_people_and_nouns_that_say_it_themselves_get_no_parts():

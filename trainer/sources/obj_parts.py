@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from generator.errors import InputError
 from generator.files import replacing
 
 from .captions import Part
@@ -255,7 +256,7 @@ def library_surfaces(path: Path, members: list[str]) -> dict[str, list[dict]]:
         stored = json.loads(kept.read_text(encoding="utf-8"))
         if stored["stamp"] == stamp and set(members) <= set(stored["surfaces"]):
             return stored["surfaces"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     surfaces = {}
     with zipfile.ZipFile(path) as archive:
@@ -267,6 +268,6 @@ def library_surfaces(path: Path, members: list[str]) -> dict[str, list[dict]]:
     try:
         with replacing(kept) as partial:
             partial.write_text(json.dumps({"stamp": stamp, "surfaces": surfaces}), encoding="utf-8")
-    except OSError:
+    except InputError:
         pass  # a folder that cannot be written to is read anew the next time
     return surfaces
