@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from generator.errors import InputError, WorkError
+from trainer.evaluate.prompts import own_prompts
 from trainer.sources import (
     Part,
     captions,
@@ -33,6 +34,7 @@ from trainer.sources import (
     with_article,
     with_colour,
 )
+from trainer.sources.captions import head_noun
 from trainer.sources.obj_parts import looks, read_surfaces
 from trainer.sources.sweet_home_3d import CATALOGUE, parse_properties
 
@@ -240,6 +242,12 @@ def test_names_lose_brands_and_numbers():
 )
 def test_articles(noun, expected):
     assert with_article(noun) == expected
+
+
+def test_phrases_without_a_head_are_taken_as_they_are():
+    assert [head_noun(phrase) for phrase in ("a red bowl, with fruits", "", " ", ", x", " with legs")] == ["bowl", "", "", "x", "legs"]
+    assert head_noun(own_prompts(["red"])[0].noun) == "", "a colour alone names no thing"
+    assert with_article(", x") == "a , x" and captions(", x")[0] == "x"
 
 
 def test_captions_go_from_plain_to_placed():
