@@ -12,6 +12,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import beside
 import lock
 import pytest
 import setup as environment
@@ -209,6 +210,27 @@ def test_a_failed_check_gives_its_reason_and_writes_no_stamp(project, monkeypatc
     with pytest.raises(environment.SetupError, match="libXi.so.6"):
         environment.setup(project)
     assert not (project / ".venv" / ".stamp").exists()
+
+
+@pytest.mark.skipif(sys.version_info[:2] != environment.PYTHON, reason="environments are made by Python 3.11 alone")
+def test_a_failed_check_leaves_the_environment_beside_in_place(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("")
+    made: list[tuple] = []
+
+    def run(*command: object, what: str) -> None:
+        made.append(command)
+        if "venv" in command:
+            environment.run(*command, what=what)
+
+    monkeypatch.setattr(beside, "run", run)
+    failing = ["-c", "raise ImportError('libXi.so.6: cannot open shared object file')"]
+    with pytest.raises(environment.SetupError, match="libXi.so.6"):
+        beside.make(tmp_path, ".venv-beside", "lock", failing, "ok")
+    assert not (tmp_path / ".venv-beside" / ".stamp").exists()
+    # The next run checks again; the environment is not thrown away for what the system lacks.
+    beside.make(tmp_path, ".venv-beside", "lock", ["-c", "print('ok')"], "ok")
+    assert sum("venv" in command for command in made) == 1
+    assert (tmp_path / ".venv-beside" / ".stamp").exists()
 
 
 def test_another_python_is_refused_before_anything_is_made(project, monkeypatch):
