@@ -322,10 +322,19 @@ def test_an_empty_argument_is_one_clear_line(recorder, target, variable):
     assert f"make {target}: {variable} is empty" in result.stderr.splitlines()[0]
 
 
-def test_a_missing_python_is_one_clear_line():
-    result = make("setup", "PYTHON=/nonexistent/python3.11")
+@pytest.mark.parametrize("target", ["setup", "docs", "infinigen"])
+def test_a_missing_python_is_one_clear_line(target):
+    result = make(target, "PYTHON=/nonexistent/python3.11")
     assert result.returncode == 2
-    assert "Python 3.11 was not found" in result.stderr.splitlines()[0]
+    assert f"make {target}: Python 3.11 was not found" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(("target", "script"), [("docs", "tools/pages.py"), ("infinigen", "tools/setup_infinigen.py")])
+def test_environments_beside_are_made_by_the_python_that_makes_the_main_one(recorder, target, script):
+    program, arguments = recorder
+    assert make(target, f"PYTHON={program}").returncode == 0
+    assert arguments() == [script]
+    assert f'"python3.11" {script}' in make("--dry-run", target, "PYTHON=3.13").stdout, "that is a Python of Blender's"
 
 
 def test_help_lists_every_contract():
