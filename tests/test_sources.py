@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import random
@@ -27,6 +28,7 @@ from trainer.sources import (
     download_sweet_home_3d,
     extract,
     folder,
+    infinigen,
     objects,
     open_source,
     recoloured,
@@ -35,7 +37,7 @@ from trainer.sources import (
     with_colour,
 )
 from trainer.sources.captions import head_noun
-from trainer.sources.obj_parts import looks, read_surfaces
+from trainer.sources.obj_parts import looks, material_word, read_surfaces
 from trainer.sources.sweet_home_3d import CATALOGUE, parse_properties
 
 OBJ = "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl wood\nf 1 2 3\n"
@@ -341,6 +343,22 @@ def test_materials_and_parts_are_read_from_an_obj(tmp_path):
     assert "a wooden table" in sweet_home_3d(path)[0].captions
 
 
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("shader_coarse_knit_fabric", "knitted fabric"),
+        ("shader_black_glass", "glass"),
+        ("shader_wood_tiled", "wood"),
+        ("shader_bark", ""),
+        ("redBricks", "brick"),
+        ("Tela_azul", "fabric"),
+        ("soaked", ""),
+    ],
+)
+def test_materials_are_called_the_same_in_every_source(name, word):
+    assert material_word(name) == word
+
+
 def test_people_and_nouns_that_say_it_themselves_get_no_parts():
     surfaces = [{"material": "cabinetDoor", "share": 0.4, "colour": [0.05, 0.05, 0.05]}, {"material": "body", "share": 0.6, "colour": None}]
     assert looks("glass door cabinet", surfaces)[1] == [] and looks("cabinet", surfaces)[1] == [Part("doors", "black", "")]
@@ -478,6 +496,14 @@ def _fake_package(monkeypatch, tmp_path, fill):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(download.subprocess, "run", run)
+
+
+def test_cleaning_up_keeps_what_was_fetched():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    removed = re.search(r"^clean:.*\n\t@rm -rf (.*)", makefile, re.MULTILINE)[1].split()
+    for function in (open_source, download_sweet_home_3d, infinigen):
+        cache = inspect.signature(function).parameters["cache"].default
+        assert Path(cache).parts[0] == "runs" and not {"runs", cache} & set(removed)
 
 
 def test_the_download_checks_what_it_got(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from .captions import Part, captions, clean_name, colours_in, describe, recolour
 from .download import download_sweet_home_3d
 from .folder import CAPTION_FILES, folder
 from .infinigen import INFINIGEN, infinigen
-from .objects import MESH_SUFFIXES, SourceObject, extract
+from .objects import CACHE, MESH_SUFFIXES, SourceObject, extract
 from .sweet_home_3d import sweet_home_3d
 
 __all__ = [
@@ -42,7 +42,7 @@ _ONE_BY_ONE = 10
 SWEET_HOME_3D = "sweet-home-3d"
 
 
-def open_source(spec: str | Path, cache: str | Path = "build/sources", workers: int = 2) -> list[SourceObject]:
+def open_source(spec: str | Path, cache: str | Path = CACHE, workers: int = 2) -> list[SourceObject]:
     """The objects of a source, read by what `spec` is.
 
     Args:

@@ -23,7 +23,6 @@ class Factory:
 
 
 _ARMS = {"has_arm": (True, "armrests")}
-_ROUND_SEAT = {"is_seat_round": (True, "a round seat")}
 _F = Factory
 FACTORIES = (
     # seating

@@ -19,19 +19,22 @@ from generator.files import replacing
 from .captions import Part
 from .objects import MAX_OBJECT_BYTES, read_entry, texture_names
 
-# Parts of a material's name -> material, the first that is found; makers wrote in English, French, Spanish, Catalan, Portuguese.
+# Parts of a material's name -> material, the first that is found; makers wrote in English, French, Spanish, Catalan, Portuguese,
+# Infinigen in English ("shader_galvanized_metal").
 _MATERIALS = {
     "plywood": "wood",
     "wood": "wood",
     "madera": "wood",
     "madeira": "wood",
     "fusta": "wood",
+    "bark": "",
     "bamboo": "bamboo",
     "rattan": "rattan",
     "wicker": "wicker",
     "leather": "leather",
     "cuir": "leather",
     "velvet": "velvet",
+    "knit": "knitted fabric",
     "fabric": "fabric",
     "textile": "fabric",
     "cloth": "fabric",
@@ -43,6 +46,8 @@ _MATERIALS = {
     "marble": "marble",
     "stone": "stone",
     "concrete": "concrete",
+    "brick": "brick",
+    "plaster": "plaster",
     "glass": "glass",
     "vidro": "glass",
     "cristal": "glass",
@@ -101,7 +106,7 @@ _HEADS = {
 }
 _DEFAULTS = {(0.8, 0.8, 0.8), (0.64, 0.64, 0.64), (1.0, 1.0, 1.0)}
 # Share of the surface that a part must have to be named, and that a material must have to be the object's.
-_PART_SHARE, _MAIN_SHARE = 0.03, 0.5
+PART_SHARE, MAIN_SHARE = 0.03, 0.5
 
 
 def material_word(name: str) -> str:
@@ -109,6 +114,8 @@ def material_word(name: str) -> str:
 
     >>> material_word("White_Wood"), material_word("Material.001"), material_word("oak3"), material_word("eyeglasses")
     ('wood', '', 'wood', '')
+    >>> material_word("shader_galvanized_metal"), material_word("shader_leaf")
+    ('metal', '')
     """
     words = _split(name)
     text = " ".join(words).replace("material", "").replace("glasses", "")
@@ -150,7 +157,7 @@ def looks(noun: str, surfaces: list[dict]) -> tuple[Part, list[Part]]:
     for word, members in parts.items():
         share = sum(member["share"] for member in members)
         said = word.rstrip("s") in noun or not re.search(_HEADS.get(word, ""), noun)
-        if word and not said and _PART_SHARE <= share < 1 - _PART_SHARE:
+        if word and not said and PART_SHARE <= share < 1 - PART_SHARE:
             largest = max(members, key=lambda member: member["share"])
             colour = colour_word(largest["colour"]) if largest["colour"] else ""
             # A leaf is black where its texture decides over a colour that nobody chose.
@@ -158,7 +165,7 @@ def looks(noun: str, surfaces: list[dict]) -> tuple[Part, list[Part]]:
             named.append((share, Part(word, colour, material_word(largest["material"]))))
     named.sort(key=lambda entry: -entry[0])
     material = max(made, key=made.get, default="")
-    return Part("", "", material if made.get(material, 0) >= _MAIN_SHARE else ""), [part for _, part in named]
+    return Part("", "", material if made.get(material, 0) >= MAIN_SHARE else ""), [part for _, part in named]
 
 
 def read_surfaces(archive: zipfile.ZipFile, member: str) -> list[dict]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from generator.errors import InputError
 
+# Where libraries and objects that are fetched or made are kept; `make clean` leaves it alone.
+CACHE = "runs/sources"
 # What zipfile raises on archives that are damaged, encrypted or packed in ways it does not know.
 ARCHIVE_ERRORS = (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 # The formats Blender imports for us; each with the axis that points up in its files.
