@@ -92,6 +92,7 @@ def test_a_catalogue_becomes_objects(tmp_path):
         ("long=one \\\n   two \\\r\n # three\nnext=x", {"long": "one two # three", "next": "x"}),
         ("even=a\\\\\nother=b", {"even": "a\\", "other": "b"}),
         ("empty=\nbare\n", {"empty": "", "bare": ""}),
+        ("\\\n# no comment = 1", {"#": "no comment = 1"}),
         ("\u00e9t\u00e9=\u00fc", {"été": "ü"}),
     ],
 )
@@ -182,6 +183,8 @@ def test_bad_libraries_are_named(tmp_path):
         sweet_home_3d(library(path, PROPERTIES.replace("59.4", "wide")))
     with pytest.raises(InputError, match="needs 9 numbers"):
         sweet_home_3d(library(path, PROPERTIES.replace("0 -1 0", "0 -1")))
+    numbered = PROPERTIES + "name#0003=Three\nname#\\u0664=Four\nname#" + "9" * 5000 + "=Many\n"
+    assert len(sweet_home_3d(library(path, numbered))) == 2, "no number that a catalogue counts with"
     with pytest.raises(InputError, match="names a b, which") as caught:
         sweet_home_3d(library(path, PROPERTIES.replace("/chairs/chair.obj", "a\\u000ab")))
     assert "\n" not in str(caught.value)
@@ -195,6 +198,17 @@ def test_archives_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "MAX_OBJECT_BYTES", 1_000_000)
     with pytest.raises(InputError, match="unpacks to more than"):
         extract(source, tmp_path / "out")
+
+
+def test_an_entry_without_a_name_is_passed_over(tmp_path):
+    path = library(tmp_path / "test.sh3f", **{"x": "unnamed"})
+    source = sweet_home_3d(path)[0]
+    data = path.read_bytes()
+    start = data.rindex(b"PK\x01\x02")  # the last entry of the directory; its name is the one letter after 46 bytes
+    # The letter becomes the first of the comment.
+    nameless = data[: start + 28] + b"\0\0" + data[start + 30 : start + 32] + b"\1\0" + data[start + 34 :]
+    path.write_bytes(nameless)
+    assert extract(source, tmp_path / "out").is_file()
 
 
 def test_an_entry_that_claims_more_than_the_archive_holds_allocates_nothing(tmp_path):

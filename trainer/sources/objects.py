@@ -164,7 +164,9 @@ class _Reader:
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.archive, self.left = path, archive, MAX_OBJECT_BYTES
-        self.names = {info.filename.replace("\\", "/").lstrip("/"): info for info in archive.infolist() if not info.is_dir()}
+        self.names = {
+            info.filename.replace("\\", "/").lstrip("/"): info for info in archive.infolist() if info.filename and not info.is_dir()
+        }
         self.folded = {name.lower(): name for name in sorted(self.names, reverse=True)}
 
     def read(self, name: str) -> bytes:

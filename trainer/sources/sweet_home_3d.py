@@ -77,7 +77,7 @@ def _unescape(text: str) -> str:
 
 
 def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[SourceObject]:
-    numbers = sorted(int(key[5:]) for key in properties if re.fullmatch(r"name#\d+", key))
+    numbers = sorted(int(key[5:]) for key in properties if re.fullmatch(r"name#(?:0|[1-9][0-9]{0,8})", key))
     if not numbers:
         raise InputError(f"{path}: the catalogue lists no furniture")
     library = properties.get("name") or path.stem
