@@ -28,22 +28,23 @@ export TORCH_INDEX PYTHON311 PYTHON313
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-define run_setup
+# $(call with_python,TARGET,SCRIPT): runs a script that makes an environment.
+define with_python
 @"$(SETUP_PYTHON)" -c '' >/dev/null 2>&1 || { \
-	echo 'make setup: Python 3.11 was not found: install it (Debian 12: sudo apt-get install python3.11 python3.11-venv)' \
-		'or name it: make setup PYTHON=/path/to/python3.11' >&2; exit 2; }
-@"$(SETUP_PYTHON)" tools/setup.py
+	echo 'make $(1): Python 3.11 was not found: install it (Debian 12: sudo apt-get install python3.11 python3.11-venv)' \
+		'or name it: make $(1) PYTHON=/path/to/python3.11' >&2; exit 2; }
+@"$(SETUP_PYTHON)" $(2)
 endef
 
 setup: ## make .venv with everything in it (TORCH_INDEX=URL chooses where torch comes from)
-	$(run_setup)
+	$(call with_python,setup,tools/setup.py)
 
 # Every other target comes here when the requirements changed; setup.py itself decides by content whether there is work.
 $(STAMP): pyproject.toml requirements.lock tools/setup.py
-	$(run_setup)
+	$(call with_python,setup,tools/setup.py)
 
 infinigen: ## make .venv-infinigen, which the object source infinigen runs in (2.5 GB)
-	@"$(PYTHON)" tools/setup_infinigen.py
+	$(call with_python,infinigen,tools/setup_infinigen.py)
 
 generate: $(STAMP) ## one object from PROMPT="a red armchair" [SEED=0] [COUNT=1] [OUT=out]: .blend, .ply and .png
 	@test -n "$$PROMPT" || { echo 'make generate: PROMPT is empty: make generate PROMPT="a red armchair"' >&2; exit 2; }
@@ -82,7 +83,7 @@ index: $(STAMP) ## dist/index.json: with the zips beside it, a repository that B
 	@$(RUN) tools/extension.py index
 
 docs: ## the documentation site in site/, built strictly, in an environment of its own (.venv-docs, 165 MB)
-	@"$(PYTHON)" tools/pages.py
+	$(call with_python,docs,tools/pages.py)
 
 lock: $(STAMP) ## rewrite requirements.lock from the environment in use
 	@$(RUN) tools/lock.py

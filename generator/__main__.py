@@ -295,7 +295,7 @@ def _info(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args(arguments)
     path = Path(options.path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path} does not exist")
     found = _describe_bundle(path) if path.is_dir() else _describe_file(path)
     if options.json:

@@ -39,7 +39,7 @@ def parse(text: str) -> dict[str, Any]:
     """A record; {} where there is none or it is not readable."""
     try:
         record = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

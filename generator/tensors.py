@@ -34,7 +34,10 @@ def decode_tensors(payload: bytes) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(str(error)) from error
     length = int.from_bytes(payload[:8], "little")
     metadata = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
-    record = json.loads(metadata[_RECORD]) if _RECORD in metadata else metadata
+    try:
+        record = json.loads(metadata[_RECORD]) if _RECORD in metadata else metadata
+    except RecursionError as error:
+        raise ValueError("its record is nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError("its record is no JSON object")
     return tensors, record

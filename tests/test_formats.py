@@ -93,6 +93,9 @@ def test_provenance_survives_in_a_ply_only(tmp_path: Path) -> None:
         save(random_gaussians(3), tmp_path / f"a{suffix}", metadata=metadata)
     assert load_metadata(tmp_path / "a.ply") == metadata
     assert load_metadata(tmp_path / "a.spz") is None
+    deep = (tmp_path / "a.ply").read_bytes().replace(b'"prompt": ', b'"prompt": ' + b"[" * 10_000, 1)
+    (tmp_path / "deep.ply").write_bytes(deep)
+    assert load_metadata(tmp_path / "deep.ply") is None
     save(random_gaussians(3), tmp_path / "b.ply")
     assert load_metadata(tmp_path / "b.ply") is None
     with pytest.raises(InputError, match="metadata"):

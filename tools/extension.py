@@ -550,13 +550,13 @@ class AddonTestsOnly:
         items[:] = [item for item in items if "blender" in item.fixturenames]
 
 
-def run_addon_tests(archive: Path | None, root: Path = ROOT) -> int:
+def run_addon_tests(archive: Path | None) -> int:
     """pytest's exit status for the add-on's tests, run against the extension as installed from `archive`, else the checkout."""
     import pytest
 
     if archive is not None:
         os.environ["GAUSSIAN_ATLAS_EXTENSION_ZIP"] = str(archive)
-    return pytest.main(["--rootdir", str(root), str(root / "tests")], plugins=[AddonTestsOnly()])
+    return pytest.main(["--rootdir", str(ROOT), str(ROOT / "tests")], plugins=[AddonTestsOnly()])
 
 
 def main() -> int:

@@ -82,7 +82,7 @@ class ChannelSpec:
         """The inverse of `to_json`; raises InputError on anything else."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"channels: not JSON ({error})") from error
         names = {entry.name for entry in fields(cls)}
         # Written since opacities may be logits; before, it had no meaning.

@@ -163,7 +163,7 @@ def read_metadata(path: Path) -> dict | None:
         if line.startswith(f"comment {METADATA_PREFIX}"):
             try:
                 value = json.loads(line.removeprefix(f"comment {METADATA_PREFIX}"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
             return value if isinstance(value, dict) else None
     return None

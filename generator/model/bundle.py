@@ -199,7 +199,7 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
         InputError: a file is missing, truncated, altered or unreadable, or the parts do not fit each other.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, also for names that no file system takes
         raise InputError(f"there is no model bundle at {directory}: no such folder")
     if not (directory / _BUNDLE).is_file():
         raise InputError(f"{directory} is not a model bundle: it has no {_BUNDLE}")
@@ -251,8 +251,8 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
     path = Path(source)
     text = os.fspath(source)
     # "owner/name", unless its first part is a folder here: then a folder of that name was meant.
-    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None and not path.parent.is_dir()
-    if path.exists() or not looks_like_hub:
+    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None and not os.path.isdir(path.parent)
+    if os.path.exists(path) or not looks_like_hub:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -341,7 +341,7 @@ def _check_file(directory: Path, name: str, entry: object, verify: bool) -> None
     path = directory / _relative(name, directory)
     if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
         raise InputError(f"{directory / _BUNDLE}: the entry of {name} needs size and sha256")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"the model bundle {directory} is incomplete: {name} is missing")
     size = path.stat().st_size
     if size != entry["size"]:
@@ -378,7 +378,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: not a JSON object")

@@ -106,7 +106,7 @@ class TextEncoder:
         path = folder / _DESCRIPTOR
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a readable text encoder descriptor ({error})") from error
         names = {field.name for field in fields(TextEncoderConfig)}
         if not isinstance(values, dict) or not {"kind"} <= values.keys() <= names:
@@ -166,7 +166,7 @@ class TextEncoder:
         path = self.model_folder / "config.json"
         try:
             return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: not a readable configuration of a text model") from error
 
     @torch.no_grad()

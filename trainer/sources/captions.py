@@ -207,8 +207,9 @@ def _before(noun: str) -> str:
 
 
 def head_noun(phrase: str) -> str:
-    """The word that says what a noun phrase is: "bowl" of "a red bowl with fruits"."""
-    return _before(phrase).split()[-1]
+    """The word that says what a noun phrase is: "bowl" of "a red bowl with fruits"; "" where there is no word."""
+    words = _before(phrase).split() or phrase.split()
+    return words[-1] if words else ""
 
 
 def with_article(noun: str) -> str:

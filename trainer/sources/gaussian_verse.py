@@ -196,7 +196,7 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
             entries = json.load(file) if path.suffix.lower() == ".json" else [row for row in csv.reader(file) if row]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path}: not readable as {path.suffix[1:].upper() or 'CSV'} ({error})") from error
     found: dict[str, list[str]] = {}
     for entry in entries.items() if isinstance(entries, dict) else entries:
@@ -262,7 +262,7 @@ def outlier_table(directory: Path, objects: list[SourceObject]) -> str:
 def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

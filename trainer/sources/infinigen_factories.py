@@ -23,7 +23,6 @@ class Factory:
 
 
 _ARMS: dict[str, tuple[object, str]] = {"has_arm": (True, "armrests")}
-_ROUND_SEAT: dict[str, tuple[object, str]] = {"is_seat_round": (True, "a round seat")}
 _F = Factory
 FACTORIES = (
     # seating

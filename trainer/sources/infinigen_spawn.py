@@ -110,10 +110,10 @@ def collect(tree: set) -> list[tuple]:
             continue
         key = (source.original.name, source.data.name if source.data else "")
         if key not in found:
-            found[key] = (source, [], source.material_slots)
+            found[key] = (source, [])
         found[key][1].append(np.array(instance.matrix_world))
     pieces = []
-    for source, matrices, _ in found.values():
+    for source, matrices in found.values():
         mesh = bpy.data.meshes.new_from_object(source, preserve_all_data_layers=True, depsgraph=graph)
         if not len(mesh.polygons):
             continue

@@ -52,16 +52,17 @@ def sweet_home_3d(path: str | Path) -> list[SourceObject]:
 def parse_properties(text: str) -> dict[str, str]:
     """Key and value pairs of a Java .properties text (already decoded from Latin-1): comments, escapes, continued lines."""
     properties = {}
-    pending = ""
+    pending: list[str] = []
     for raw in re.split(r"\r\n|\r|\n", text):
-        line = pending + raw.lstrip(" \t\f")
+        line = raw.lstrip(" \t\f")
         if not pending and (not line or line[0] in "#!"):
             continue
         # A line goes on where it ends in an odd number of backslashes.
         if (len(line) - len(line.rstrip("\\"))) % 2:
-            pending = line[:-1]
+            pending.append(line[:-1])
             continue
-        pending = ""
+        line = "".join([*pending, line])
+        pending.clear()
         split = re.match(r"((?:\\.|[^\\=: \t\f])*)[ \t\f]*[=:]?[ \t\f]*(.*)", line, re.DOTALL)
         assert split is not None  # all its parts may be empty
         properties[_unescape(split[1])] = _unescape(split[2])
@@ -77,7 +78,7 @@ def _unescape(text: str) -> str:
 
 
 def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[SourceObject]:
-    numbers = sorted(int(key[5:]) for key in properties if re.fullmatch(r"name#\d+", key))
+    numbers = sorted(int(key[5:]) for key in properties if re.fullmatch(r"name#(?:0|[1-9][0-9]{0,8})", key))
     if not numbers:
         raise InputError(f"{path}: the catalogue lists no furniture")
     library = properties.get("name") or path.stem
