@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import tarfile
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from generator.atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normaliza
 from generator.errors import InputError
 from generator.model.prior import AtlasPrior
 from generator.model.text import TextEncoder
+
+from .dataset import Entry, decode, find_shards, index_shard
 
 # Features of all captions are made at once while they fit; beyond, those of each batch.
 _FEATURE_BYTES = 2 * 2**30
@@ -87,7 +87,7 @@ class TrainingData:
 
 
 class ShardedAtlases:
-    """Atlases read from webdataset shards when they are asked for, at their place in the file.
+    """Atlases read from shards when they are asked for, at their place in the file.
 
     A shard is an uncompressed tar, so an atlas can be read without what lies before it. Any order costs the same then, and a
     run that resumes at a step reads just what that step needs, which a stream through a shuffling buffer cannot.
@@ -96,40 +96,26 @@ class ShardedAtlases:
         normalization: applied to what is read.
 
     Raises:
-        InputError: there are no shards, one is damaged, or it has another layout than the statistics.
+        InputError: there are no shards, one is damaged, or it has another layout than the statistics; when an atlas is read, that one
+            has another than the first.
     """
 
     def __init__(self, directory: str | Path, normalization: Normalization) -> None:
         self.normalization = normalization
-        self.paths = sorted(Path(directory).glob("atlases-*.tar"))
-        self.places: list[tuple[int, int, int]] = []  # shard, first byte, bytes
-        self.records: list[dict] = []
-        if not self.paths:
-            raise InputError(f"no atlases-*.tar in {directory}: run `python -m trainer atlas` first")
+        self.paths = find_shards(directory)
+        self.places: list[tuple[int, Entry]] = []  # the shard of each atlas, and its place in it
         for shard, path in enumerate(self.paths):
-            self._index(shard, path)
+            self.places += [(shard, entry) for entry in index_shard(path)]
+        self.records = [entry.record for _, entry in self.places]
         self._files: dict[tuple[int, int], io.BufferedReader] = {}
-        first = self._atlas(0) if self.places else None
-        if first and first.layout_id != normalization.layout_id:
+        self._first: Atlas | None = None
+        self._first = self._atlas(0)
+        if self._first.layout_id != normalization.layout_id:
             raise InputError(
-                f"the shards have layout {first.layout_id}, the statistics {normalization.layout_id}: run `python -m trainer stats` again"
+                f"the shards have layout {self._first.layout_id}, the statistics {normalization.layout_id}: "
+                "run `python -m trainer stats` again"
             )
-        self.spec = first.spec if first else ChannelSpec()
-
-    def _index(self, shard: int, path: Path) -> None:
-        places, records = {}, {}
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    key, _, kind = member.name.partition(".")
-                    if kind == "safetensors":
-                        places[key] = (shard, member.offset_data, member.size)
-                    elif kind == "json":
-                        records[key] = json.loads(archive.extractfile(member).read())
-            self.places += places.values()
-            self.records += [records[key] for key in places]
-        except (tarfile.TarError, KeyError, EOFError, OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
+        self.spec = self._first.spec
 
     def __len__(self) -> int:
         return len(self.places)
@@ -138,15 +124,11 @@ class ShardedAtlases:
         return torch.stack([self.normalization.normalize(self._atlas(row).values) for row in rows])
 
     def _atlas(self, row: int) -> Atlas:
-        payload = self._bytes(row)
-        try:
-            return Atlas.decode(payload)
-        except ValueError as error:
-            path = self.paths[self.places[row][0]]
-            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
+        shard, entry = self.places[row]
+        return decode(self.paths[shard], entry.id, self._bytes(row), self._first)
 
     def _bytes(self, row: int) -> bytes:
-        shard, start, size = self.places[row]
+        shard, (_, start, size, _) = self.places[row]
         # A file of its own for each process: one that was forked would share the position.
         key = (os.getpid(), shard)
         if key not in self._files:
