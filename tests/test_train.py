@@ -178,6 +178,16 @@ def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_pat
     preset = replace(preset, regression=True, regression_variety=0.0)
     for stage in (stages.stats, stages.finetune, stages.pack):
         stage(preset, own)
+    # Neither other settings nor statistics made anew under the network become a bundle that draws noise.
+    for other, message in (({"shift": 1.0}, "was trained with shift 3.0, not 1.0"), ({"fold": 1}, "was trained with fold 2, not 1")):
+        with pytest.raises(InputError, match=message):
+            stages.pack(replace(preset, finetune=replace(preset.finetune, **other)), own)
+    before = (own / "normalization.safetensors").read_bytes()
+    stages.stats(replace(preset, relearn=True, normalization="channel"), own)
+    with pytest.raises(InputError, match="was trained with another normalization, prior"):
+        stages.pack(preset, own)
+    (own / "normalization.safetensors").write_bytes(before)
+    stages.stats(preset, own)
     pipeline = GaussianAtlasPipeline.from_pretrained(own / "bundle", device="cpu")
     assert pipeline("a plank", num_inference_steps=2).gaussians[0].finite().all()
     data = stages.training_data(preset, own)
@@ -193,7 +203,6 @@ def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_pat
     assert further.finetune.prior and torch.equal(
         stages.training_data(further, tmp_path / "further").prior.covariance, data.prior.covariance
     )
-
 
     assert further.regression and further.regression_variety == 0
     # What is said on the command line goes before what the base has.

@@ -46,7 +46,7 @@ from .finetune import FinetuneConfig, Trainer, checkpoints
 from .fit import FitConfig
 from .presets import Preset
 from .sources import SourceObject, colours_in, credit_lines, credits, open_source, recoloured, with_colour
-from .training_data import TrainingData, from_shards
+from .training_data import TrainingData, from_shards, statistics_of
 
 if TYPE_CHECKING:
     from generator.model.pipeline import GaussianAtlasPipeline
@@ -436,7 +436,7 @@ def pack(preset: Preset, run: Path) -> None:
     """Write the bundle of the newest checkpoint's averaged network."""
     from generator.model.bundle import save_bundle
 
-    from .finetune import trained_unet
+    from .finetune import check_settings, trained_unet
     from .schedule import scheduler_config
 
     found = checkpoints(run / "finetune")
@@ -444,11 +444,15 @@ def pack(preset: Preset, run: Path) -> None:
         raise InputError(f"no checkpoint in {run / 'finetune'}: run `python -m trainer finetune` first")
     encoder = text_encoder_of(preset.finetune)
     normalization, layout = _normalization(run), AtlasLayout.load_default(preset.size, preset.projection)
-    unet = trained_unet(preset.finetune, found[-1], encoder.width)
-    step = json.loads((found[-1] / "state.json").read_text())["step"]
     everything = [sample for sample, _ in dataset.read_shards(run / "shards")]
     samples = [sample for sample in everything if sample.id == sample.record["object"]]
-    psnrs = [sample.record["psnr"] for sample in samples if sample.record["psnr"] is not None]
+    _check_credits(samples, run)
+    prior, regression = _prior(preset, run), None
+    known = statistics_of(layout, normalization, samples[0].spec, prior)
+    state = check_settings(found[-1], preset.finetune, known)
+    step = state["step"]
+    unet = trained_unet(preset.finetune, found[-1], encoder.width, statistics=known)
+    psnrs = [sample.record["psnr"] for sample in samples if sample.record.get("psnr") is not None]
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
     base = _base_record(config)
@@ -464,7 +468,7 @@ def pack(preset: Preset, run: Path) -> None:
             "libraries": [f"{library} ({licence})" for library, licence in libraries],
             "base": base,
             "steps": step,
-            "batch_size": config.batch_size,
+            "batch_size": state["config"]["batch_size"],
             "prediction_type": config.prediction_type,
         },
         "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
@@ -478,7 +482,6 @@ def pack(preset: Preset, run: Path) -> None:
         "inference": {"dtype": "auto"},
     }
     info |= _damping(preset)
-    prior, regression = _prior(preset, run), None
     if preset.regression:
         regression = regression_of(dataset.read_shards(run / "shards"), normalization, prior, encoder)
         info["regression"] = {name: getattr(preset, f"regression_{name}") for name in REGRESSION_SHARES}
@@ -554,6 +557,15 @@ STAGES: dict[str, Callable[[Preset, Path], None]] = {
     "pack": pack,
     "evaluate": evaluate,
 }
+
+
+def _check_credits(samples: list[dataset.Sample], run: Path) -> None:
+    if not samples:
+        raise InputError(f"{run / 'shards'} holds copies of objects alone: run `python -m trainer atlas` again")
+    for sample in samples:
+        missing = [key for key in ("name", "creator", "licence", "library") if not isinstance(sample.record.get(key), str)]
+        if missing:
+            raise InputError(f"{run / 'shards'}: {sample.id} has no {missing[0]}, which the credits need: make its record and atlas again")
 
 
 def _credits(samples: list[dataset.Sample]) -> str:

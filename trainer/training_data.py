@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -78,12 +79,42 @@ class TrainingData:
     def text_width(self) -> int:
         return self.unconditional.shape[-1]
 
+    @property
+    def statistics(self) -> dict[str, str]:
+        """See `statistics_of`; nothing where the values are not those of atlases."""
+        if self.decoding is None:
+            return {}
+        return statistics_of(self.decoding.layout, self.decoding.normalization, self.decoding.channels, self.prior)
+
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices of training and validation objects; an object's side depends on its id alone."""
         held_out = torch.tensor([zlib.crc32(i.encode()) % 10_000 < share * 10_000 for i in self.ids])
         if held_out.all():
             held_out[:] = False
         return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+def statistics_of(layout: AtlasLayout, normalization: Normalization, channels: ChannelSpec, prior: AtlasPrior | None) -> dict[str, str]:
+    """Hashes of what gives a network's values their meaning: a network that was trained with one is noise with another."""
+
+    def digest(*parts: object) -> str:
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part.detach().cpu().contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+        return found.hexdigest()
+
+    scores = normalization.normal_scores
+    curves = () if scores is None else (scores.knots, scores.scores, scores.counts)
+    # What is as usual is left out, so that a setting that does not exist yet changes no hash.
+    usual = asdict(ChannelSpec())
+    chosen = sorted((name, value) for name, value in asdict(channels).items() if value != usual[name])
+    bounds = (normalization.minimum, normalization.maximum)
+    found = {
+        "layout": layout.id,
+        "normalization": digest(normalization.layout_id, normalization.mean, normalization.std, *bounds, *curves),
+        "specification of channels": digest(chosen),
+    }
+    return found | ({} if prior is None else {"prior": digest(prior.layout_id, prior.covariance)})
 
 
 class ShardedAtlases:
