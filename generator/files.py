@@ -24,6 +24,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _sibling(path)
     try:
         yield temporary
+        # On the disk before its name is: a power cut must not leave an empty file in the place of a good one.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
