@@ -410,6 +410,9 @@ def test_bad_settings_are_named(tmp_path):
         ({"mixed_precision": "fp8"}, "mixed_precision"),
         ({"text_dropout": 1.0}, "text_dropout"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"fold": 0}, "fold must be at least 1"),
     ):
         with pytest.raises(InputError, match=message):
             FinetuneConfig(**changes)

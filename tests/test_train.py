@@ -26,6 +26,7 @@ from tests import tiny_bundle
 from tests.sphere import sphere_views
 from tests.test_prior import random_prior
 from trainer import stages, views
+from trainer.__main__ import main
 from trainer.atlas import to_atlas
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
@@ -445,6 +446,39 @@ def test_what_the_evaluation_asks_for_is_not_trained_on():
     assert dominant_colour(from_atlas(purple, layout)) == "purple"
     _, _, original = next(stages._variants(purple, layout, record, preset))
     assert original["captions"] == ["barrel", "an old barrel"]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"include": "("}, "include must be a regular expression"),
+        ({"exclude": "*"}, "exclude must be a regular expression"),
+        ({"never_recolour": "["}, "never_recolour must be a regular expression"),
+        ({"transport": "quick"}, "transport must be one of fast, high, exact"),
+        ({"projection": "mercator"}, "projection must be one of equirectangular, equal_area"),
+        ({"normalization": "row"}, "normalization must be one of cell, channel"),
+        ({"limit": -1}, "limit must be at least 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_bad_settings_of_a_preset_are_named_at_once(changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(PRESETS["tiny"], **changes)
+
+
+def test_stages_that_need_no_base_do_not_ask_for_it(tmp_path, monkeypatch, capsys):
+    """Neither a hub's model, of which a machine without a network has nothing, nor a folder that is not there yet."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for base in ("nobody/nothing", str(tmp_path / "later")):
+        preset = replace(PRESETS["paper"], finetune=replace(PRESETS["paper"].finetune, base=base))
+        assert following_base(preset, needed=False) is preset
+        with pytest.raises(InputError):
+            following_base(preset)
+        assert main(["fit", "--preset", "paper", "--finetune.base", base, "--runs", str(tmp_path)]) == 2
+        assert "run `python -m trainer views` first" in capsys.readouterr().err, "what fits need is all that is missed"
+    bundle = tiny_bundle.write_tiny_bundle(tmp_path / "bundle")
+    preset = replace(PRESETS["tiny"], finetune=replace(PRESETS["tiny"].finetune, base=str(bundle)))
+    assert following_base(preset, needed=False) == following_base(preset) != preset
 
 
 def test_presets_are_consistent():

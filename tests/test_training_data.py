@@ -18,6 +18,7 @@ from generator.errors import InputError
 from generator.model.text import TextEncoder
 from trainer import dataset
 from trainer.dataset import read_shards, write_shards
+from trainer.evaluate.references import layout_of
 from trainer.training_data import CaptionFeatures, ShardedAtlases, from_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +175,8 @@ def test_records_of_a_wrong_shape_are_named(tmp_path, normalization, record, rea
 def test_shards_without_an_atlas_and_of_another_layout_are_named(tmp_path, normalization):
     first = tmp_path / "s" / "atlases-000000.tar"
     both_refuse(tar(first, {}), normalization, "it holds no atlas")
+    with pytest.raises(InputError, match="it holds no atlas"):
+        layout_of(first.parent)
     both_refuse(tar(first, {"chair.json": members()["chair.json"]}), normalization, "chair has no atlas")
     tar(first, members())
     lamp = {"lamp.json": members()["chair.json"], "lamp.safetensors": Atlas(torch.zeros(16, 64, 64), "another").encode()}

@@ -119,7 +119,7 @@ class FinetuneConfig:
         if not 0 <= self.text_dropout < 1:
             raise InputError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
         leasts = {"batch_size": 1, "noise_first": 1, "plain_first": 1, "own_colours": 0, "wrap": 0, "micro_batch": 0, "lora_rank": 0}
-        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8}
+        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8, "fold": 1, "checkpoint_every": 1, "log_every": 1}
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
