@@ -31,7 +31,7 @@ from generator.render.ewa import ALPHA_CUT
 
 from .atlas import arrange, filling_order, resize, to_atlas
 from .dataset import read_shards
-from .fit.fit import held_out_psnr, psnr
+from .fit.scores import held_out_psnr, psnr
 from .sources.gaussian_verse import STRAY
 from .views import Views, views_path
 

@@ -119,7 +119,7 @@ class FinetuneConfig:
         if not 0 <= self.text_dropout < 1:
             raise InputError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
         leasts = {"batch_size": 1, "noise_first": 1, "plain_first": 1, "own_colours": 0, "wrap": 0, "micro_batch": 0, "lora_rank": 0}
-        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8}
+        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8, "fold": 1, "checkpoint_every": 1, "log_every": 1}
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -466,6 +466,7 @@ class Trainer:
             if isinstance(value, Tensor)
         }
         state = {"step": self.step, "mean_loss": self.mean_loss, "lowest": self.lowest, "config": asdict(self.config)}
+        state["statistics"] = self.data.statistics
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -487,21 +488,17 @@ class Trainer:
         """Load the newest checkpoint of the directory; False where there is none.
 
         Raises:
-            InputError: the checkpoint is damaged or belongs to another configuration.
+            InputError: the checkpoint is damaged, or belongs to another configuration or other statistics.
         """
         found = checkpoints(self.directory)
         if not found:
             return False
         path = found[-1]
+        state = check_settings(path, self.config, self.data.statistics, going_on=True)
         try:
-            state = json.loads((path / "state.json").read_text())
             unet, ema, moments = (safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("unet", "ema", "optimizer"))
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete it to resume from the one before") from error
-        ours, theirs = (_identity(config) for config in (asdict(self.config), state["config"]))
-        changed = sorted(key for key in ours if ours[key] != theirs.get(key))
-        if changed:
-            raise InputError(f"{path} was trained with other {', '.join(changed)}: use another folder, or the old settings")
+            raise _damaged(path, error) from error
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(unet[name])
@@ -519,6 +516,39 @@ class Trainer:
 def checkpoints(directory: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     return sorted(path for path in Path(directory).glob("checkpoint-*") if (path / "state.json").is_file())
+
+
+def check_settings(checkpoint: Path, config: FinetuneConfig, statistics: dict[str, str], going_on: bool = False) -> dict:
+    """The state of a checkpoint, after a check that it was trained with these settings on values normalised like these.
+
+    Args:
+        going_on: all settings must be the same, else those alone that say what the network is and what its values mean.
+        statistics: as `training_data.statistics_of` gives them; a checkpoint from before they were kept says nothing of them.
+
+    Raises:
+        InputError: it is damaged, or was trained otherwise.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        step, theirs, known = state["step"], _identity(state["config"]), state.get("statistics", {})
+        if not isinstance(step, int) or not isinstance(known, dict):
+            raise ValueError("its state.json has another shape")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(checkpoint, error) from error
+    ours = _identity(asdict(config))
+    if not going_on:
+        ours, theirs = ({key: each[key] for key in _OF_THE_NETWORK if key in each} for each in (ours, theirs))
+    changed = _differences(theirs, ours)
+    if changed:
+        raise InputError(f"{checkpoint} was trained with {'; '.join(changed)}: use another folder, or the old settings")
+    other = sorted(name for name in known.keys() & statistics.keys() if known[name] != statistics[name])
+    if other:
+        raise InputError(f"{checkpoint} was trained with another {', '.join(other)}: train anew elsewhere, or restore what was there")
+    return state
+
+
+def _damaged(checkpoint: Path, reason: object) -> InputError:
+    return InputError(f"{checkpoint} is damaged ({reason}): delete it to resume from the one before")
 
 
 def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS):
@@ -586,10 +616,21 @@ def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
     )
 
 
-def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS):
-    """The averaged network of a checkpoint, low-rank additions merged into it."""
+def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS, statistics: dict | None = None):
+    """The averaged network of a checkpoint, low-rank additions merged into it.
+
+    Args:
+        statistics: of what will read the network's values, see `check_settings`.
+
+    Raises:
+        InputError: the checkpoint is damaged, or was trained with other settings or statistics.
+    """
+    check_settings(checkpoint, config, statistics or {})
     unet = build_unet(config, text_width, channels)
-    averaged = safetensors.torch.load_file(checkpoint / "ema.safetensors")
+    try:
+        averaged = safetensors.torch.load_file(checkpoint / "ema.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from error
     unet.load_state_dict(averaged, strict=not config.lora_rank)
     if config.lora_rank:
         unet.fuse_lora()
@@ -601,12 +642,31 @@ def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, chan
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+# The settings without which a trained network cannot be read as what it is.
+_OF_THE_NETWORK = (
+    *("base", "unet", "text_encoder", "unconditional", "lora_rank", "fold", "wrap", "prior", "prediction_type", "shift"),
+    *("zero_terminal_snr", "distill_guidance"),
+)
+
+
 def _identity(config: dict) -> dict:
     """The settings that a resumed run must share; it may be longer or shorter, and save or log at other steps."""
     free = {"max_steps", "decay_steps", "checkpoint_every", "log_every", "prefetch", "divergence", "micro_batch", "base_licence"}
     # A checkpoint from before a setting existed was trained with its default.
     known = {**asdict(FinetuneConfig()), **config}
     return json.loads(json.dumps({key: value for key, value in known.items() if key not in free}))
+
+
+def _differences(theirs: dict, ours: dict) -> list[str]:
+    """Which settings differ, with both values; of the network's arguments those alone."""
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        one, other = theirs.get(key), ours.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{key}.{line}" for line in _differences(one, other)]
+        elif one != other:
+            found.append(f"{key} {one!r}, not {other!r}")
+    return found
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

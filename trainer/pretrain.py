@@ -24,7 +24,7 @@ from .schedule import scheduler_config
 from .sources import SourceObject, credits
 from .sources.pictures import named_pictures, read_picture
 from .training_data import CaptionFeatures, TrainingData
-from .views import Views, read_records, views_path
+from .views import Views, deselected, read_records, views_path
 
 # Red, green and blue times alpha, and alpha, in -1..1: what a latent has in channels.
 CHANNELS = 4
@@ -65,7 +65,9 @@ def pictures(directory: str | Path, size: int, config: FinetuneConfig, folders: 
 
 
 def _rendered(directory: str | Path) -> list[dict]:
-    return [record for record in read_records(directory) if views_path(directory, record["id"]).is_file()]
+    left_out = deselected(directory)
+    found = [record for record in read_records(directory) if record["id"] not in left_out]
+    return [record for record in found if views_path(directory, record["id"]).is_file()]
 
 
 def _picture(rgba: Tensor, size: int) -> Tensor:
