@@ -8,8 +8,10 @@ import json
 import random
 import re
 import subprocess
+import tracemalloc
 import unicodedata
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ from trainer.sources import (
 )
 from trainer.sources.captions import head_noun
 from trainer.sources.obj_parts import looks, material_word, read_surfaces
+from trainer.sources.objects import read_entry
 from trainer.sources.sweet_home_3d import CATALOGUE, parse_properties
 
 OBJ = "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl wood\nf 1 2 3\n"
@@ -219,6 +222,25 @@ def test_an_entry_that_claims_more_than_the_archive_holds_allocates_nothing(tmp_
     path.write_bytes(bytes(data))
     with pytest.raises(InputError, match="not a readable zip archive .*larger than the archive"):
         sweet_home_3d(path)
+
+
+def test_an_entry_that_unpacks_to_more_than_it_states_is_unpacked_no_further(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(100 << 20))
+    data = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        start = data.rindex(mark) + place
+        data[start : start + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    with zipfile.ZipFile(path) as archive:
+        tracemalloc.start()
+        try:
+            with suppress(zipfile.BadZipFile):  # its check sum is that of the whole
+                assert read_entry(archive, archive.getinfo("a"), 1 << 20) == bytes(100)
+            assert tracemalloc.get_traced_memory()[1] < 5 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_damaged_entry_is_an_input_error(tmp_path):

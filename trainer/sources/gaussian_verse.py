@@ -19,6 +19,7 @@ import torch
 
 from generator.atlas import ChannelSpec
 from generator.errors import InputError
+from generator.files import replacing
 from generator.formats import ply, raw, save
 from generator.gaussians import Gaussians
 from generator.render.ewa import ALPHA_CUT
@@ -267,6 +268,5 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

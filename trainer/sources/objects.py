@@ -157,7 +157,9 @@ def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> by
     assert archive.filename is not None  # it was opened by its path
     if info.compress_size > Path(archive.filename).stat().st_size:
         raise zipfile.BadZipFile(f"{info.filename} is said to be larger than the archive")
-    return archive.read(info)
+    with archive.open(info) as stream:
+        # Asked for everything, zipfile unpacks all that is packed before it looks at the declared size.
+        return stream.read(info.file_size)
 
 
 class _Reader:
