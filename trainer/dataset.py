@@ -166,11 +166,12 @@ class _Bounded(io.FileIO):
 
 
 def _checked(path: Path, key: str, record: object) -> dict:
+    lacking = damaged(path, f"the record of {key} has no captions")
     if not isinstance(record, dict):
-        raise damaged(path, f"the record of {key} is no table")
+        raise lacking
     captions = record.get("captions")
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise damaged(path, f"the record of {key} has no captions")
+        raise lacking
     # A sample that is not said to be a copy of another object's is its own.
     if not isinstance(record.setdefault("object", key), str):
         raise damaged(path, f"the record of {key} names no object")
