@@ -180,7 +180,7 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(teacher, tmp_path):
     second = Trainer(config(teacher), data(), tmp_path / "parts")
     assert second.resume() and second.step == 3
     assert parts + [loss for _, loss in second.run(progress=False)] == whole
-    with pytest.raises(InputError, match="other distill_guidance"):
+    with pytest.raises(InputError, match="was trained with distill_guidance 8.0, not 6.0"):
         Trainer(config(teacher, distill_guidance=6.0), data(), tmp_path / "parts").resume()
 
 

@@ -177,9 +177,12 @@ class Judge:
                 if metadata.get("format") != NAME:
                     raise InputError(f"{path} is no judge of this version: train it again")
                 tensors = {name: file.get_tensor(name).float() for name in ("mean", "deviation", "weights", "bias", "text_mean")}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable judge ({error})") from error
-        return Judge(**tensors, captions=tuple(json.loads(metadata["captions"])), record=json.loads(metadata["record"]))
+                captions, record = json.loads(metadata["captions"]), json.loads(metadata["record"])
+                if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                    raise ValueError("its captions are no list of texts")
+        except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+            raise InputError(f"{path}: not a readable judge ({' '.join(str(error).split())})") from error
+        return Judge(**tensors, captions=tuple(captions), record=record)
 
     @staticmethod
     def default() -> Judge:
