@@ -89,19 +89,23 @@ def _renders(options: argparse.Namespace, extension, folder: Path) -> list[dict]
     engine = "CYCLES" if is_cycles else next(name for name in ("BLENDER_EEVEE", "BLENDER_EEVEE_NEXT") if name in engines)
     render, inputs = extension("generator.render"), extension("blender_addon.splat_object.inputs")
     objects = {"translucent torus": translucent(lambda count: painted_torus(extension, count), 16384)} | _objects(options, extension)
-    # Display, whether values are blended in display space, name in the table.
-    ways = [(display, True, display) for display in inputs.DISPLAYS]
-    ways += [(inputs.CAMERA_QUADS, False, f"{inputs.CAMERA_QUADS}, Standard view"), (inputs.ELLIPSOIDS, True, COSINE)]
+    # Display, whether values are blended in display space, density, name in the table.
+    ways = [(display, True, 1.0, display) for display in inputs.DISPLAYS]
+    standard = f"{inputs.CAMERA_QUADS}, Standard view"
+    dense = extension("blender_addon.preview").DENSITY_BEFORE_WHITE
+    ways += [(inputs.CAMERA_QUADS, False, 1.0, standard), (inputs.CAMERA_QUADS, False, dense, f"{standard}, density {dense:g}")]
+    ways.append((inputs.ELLIPSOIDS, True, 1.0, COSINE))
     cameras = render.Cameras.orbit(count=5, size=options.size, elevation=35.0)[3:4]
     rows, strips = [], []
     for name, gaussians in objects.items():
         expected = render.render(gaussians, cameras).rgb[0].numpy()
         images = {"Reference": expected}
-        for display, display_blending, label in ways:
+        for display, display_blending, density, label in ways:
             bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
             object = extension("blender_addon.splat_object").write(gaussians)
             if label == COSINE:
                 _use_cosine_falloff(extension, object)
+            extension("blender_addon.splat_object.node_group").set_input(object, inputs.DENSITY, density)
             begin = time.perf_counter()
             image = render_in_blender(bpy, extension, object, cameras, folder / "view.png", display_blending, display, engine)
             images[label] = image

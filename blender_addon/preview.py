@@ -14,6 +14,8 @@ from .splat_object import inputs, node_group
 # Seen a little from the right and from above: front, side and top of an object show at once.
 AZIMUTH, ELEVATION = 30.0, 20.0
 WHITE = (1.0, 1.0, 1.0)
+# Before white, in linear light, this shows splats most as their fits were blended, in display values (docs/blender.md).
+DENSITY_BEFORE_WHITE = 2.0
 
 
 def empty_scene() -> bpy.types.Scene:
@@ -52,13 +54,14 @@ def look_at(
         size: image side in pixels.
         azimuth, elevation: where the camera stands, in degrees, as `splat_object.framing` takes them.
         exact: blend display values under the Raw view, as splat renderers do. Otherwise the view is Standard and blending is
-            linear, which fits everything else in a scene and shows translucent splats a little lighter.
+            linear, which fits everything else in a scene; the density makes up for what that lets through of the white behind.
     """
     cameras = splat_object.framing(splat_object.current(object, world=True), size, azimuth, elevation)
     camera = splat_object.camera_from(cameras, 0)
     scene.collection.objects.link(camera)
     node_group.set_input(object, inputs.SMOOTHING, node_group.LOW_PASS_PIXELS / float(cameras.Ks[0, 0, 0]))
     node_group.set_input(object, inputs.BLEND_IN_DISPLAY_SPACE, exact)
+    node_group.set_input(object, inputs.DENSITY, 1.0 if exact else DENSITY_BEFORE_WHITE)
     set_up(scene, camera, (size, size), samples)
     if exact:
         scene.view_settings.view_transform = "Raw"

@@ -116,6 +116,45 @@ def test_the_button_is_all_that_a_render_needs(bpy, extension, torus, tmp_path, 
     assert not any(line.startswith("Smoothing") for line in said), "what is animated is the artist's"
 
 
+@pytest.mark.parametrize("display", ["Camera Quads", "Ellipsoids"])
+def test_a_density_of_two_is_every_splat_twice(bpy, extension, torus, tmp_path, display):
+    splat_object, inputs = extension("blender_addon.splat_object"), extension("blender_addon.splat_object.inputs")
+    cameras = extension("generator.render").Cameras.orbit(count=1, size=64, elevation=35.0)
+    gaussians = translucent(torus, 40)
+    dense = splat_object.write(gaussians, "dense")
+    extension("blender_addon.splat_object.node_group").set_input(dense, inputs.DENSITY, 2.0)
+    one = render_in_blender(bpy, extension, dense, cameras, tmp_path / "dense.png", display=display)
+    bpy.data.objects.remove(dense)
+    for name in "ab":
+        twice = splat_object.write(gaussians, name)
+        extension("blender_addon.splat_object.node_group").set_input(twice, inputs.RENDER_DISPLAY, display)
+        extension("blender_addon.splat_object.node_group").set_input(twice, inputs.SMOOTHING, 0.3**0.5 / float(cameras.Ks[0, 0, 0]))
+        extension("blender_addon.splat_object.node_group").set_input(twice, inputs.BLEND_IN_DISPLAY_SPACE, True)
+    # Not in the very same place, where the order of surfaces would be left to chance.
+    twice.location = 1e-5 * np.array([1.0, -1.0, 1.0])
+    two = render_in_blender(bpy, extension, twice, cameras, tmp_path / "twice.png", display=display)
+    plain = extension("generator.render").render(gaussians, cameras).rgb[0].numpy()
+    assert psnr(one, two) > 45 and psnr(plain, two) < 30
+
+
+def test_the_preview_before_white_looks_as_the_fit_was_blended(bpy, extension, tmp_path):
+    """In linear light, which lets more of the white through: the density makes up for it."""
+    splat_object, preview = extension("blender_addon.splat_object"), extension("blender_addon.preview")
+    node_group, inputs = extension("blender_addon.splat_object.node_group"), extension("blender_addon.splat_object.inputs")
+    gaussians = generated(extension)
+    object = splat_object.write(gaussians, "object")
+    pictures = {}
+    for name, exact, density in (("exact", True, None), ("preview", False, None), ("thin", False, 1.0)):
+        bpy.context.scene.view_settings.view_transform = "Standard"
+        preview.look_at(bpy.context.scene, object, 128, samples=2, exact=exact)
+        if density:
+            node_group.set_input(object, inputs.DENSITY, density)
+        preview.render(bpy.context.scene, tmp_path / f"{name}.png")
+        pictures[name] = read_png(tmp_path / f"{name}.png")
+    near, far = (psnr(pictures["exact"], pictures[name]) for name in ("preview", "thin"))
+    assert near > 35 and near > far + 6, (near, far)
+
+
 def test_cycles_matches_where_hundreds_of_splats_lie_behind_a_pixel(bpy, extension, torus, tmp_path):
     cameras = extension("generator.render").Cameras.orbit(count=1, size=40, elevation=35.0)
     assert compare(bpy, extension, translucent(torus, 8192), cameras, tmp_path / "view.png") >= 55

@@ -58,6 +58,20 @@ def test_a_file_of_the_first_version_is_upgraded_when_it_is_opened(bpy, modules)
     assert modules.upgrade.upgrade() == [], "nothing is left to do"
 
 
+def test_materials_of_an_earlier_version_are_made_anew_in_their_place(bpy, modules, torus):
+    object = modules.object.write(torus(30), "ring")
+    before = {material: material.name for material in bpy.data.materials}
+    for material in before:
+        del material["gaussian_splats_version"]
+        material.node_tree.nodes.clear()
+    modules.node_group.modifier_of(object).node_group["gaussian_splats_version"] = 2
+    assert len(modules.upgrade.upgrade()) == 1
+    assert {material: material.name for material in bpy.data.materials} == before
+    for material in before:
+        assert any(node.type == "OUTPUT_MATERIAL" for node in material.node_tree.nodes), material.name
+    assert modules.upgrade.upgrade() == []
+
+
 def test_an_appended_object_of_the_first_version_is_upgraded(bpy, modules, torus):
     new = modules.object.write(torus(30), "new")
     with bpy.data.libraries.load(str(VERSION_1)) as (there, here):

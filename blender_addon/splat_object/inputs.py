@@ -20,6 +20,7 @@ RENDER_DISPLAY = "Render Display"
 SMOOTHING = "Smoothing"
 BLEND_IN_DISPLAY_SPACE = "Blend in Display Space"
 SPLAT_SIZE = "Splat Size"
+DENSITY = "Density"
 TINT = "Tint"
 TINT_STRENGTH = "Tint Strength"
 SPLATS_KEPT = "Splats Kept"
@@ -85,6 +86,16 @@ TABLE = (
         1.0,
         "Factor on every splat's standard deviations",
         {"min_value": 0.0, "max_value": 10.0},
+    ),
+    Input(
+        DENSITY,
+        "Look",
+        "NodeSocketFloat",
+        1.0,
+        "How often each splat counts. 2 closes surfaces that look open before something bright: in scene-linear values more of it gets "
+        "through than splats were fitted to",
+        {"min_value": 0.0, "max_value": 10.0},
+        drawn_only=True,
     ),
     Input(TINT, "Look", "NodeSocketColor", (1.0, 1.0, 1.0, 1.0), "Colour that the splats' own are multiplied by"),
     Input(TINT_STRENGTH, "Look", "NodeSocketFloat", 0.0, "Share of the tint: 0 leaves the splats' own colours", _SHARE),

@@ -10,7 +10,11 @@ from .tree import Tree
 ELLIPSOID = "Gaussian Splat"
 FACING = "Gaussian Splat Facing Camera"
 DOT = "Gaussian Splat Point"
-EMISSION = "splat_emission"  # set by the node group: what the splat emits, scene-linear
+# Set by the node group: what the splat emits, scene-linear, and in its alpha the density. Groups from before there was one leave 1 there.
+EMISSION = "splat_emission"
+# Of the nodes of all three. Raise it with every change to them: what older files hold is then made anew in its place.
+VERSION = 2
+_VERSION = "gaussian_splats_version"
 # As in the generator's renderer: a splat never hides everything behind it, and ends where its alpha falls below 1/255.
 ALPHA_MAX = 0.999
 ALPHA_MIN = 1 / 255
@@ -61,12 +65,19 @@ def dot() -> bpy.types.Material:
     return material
 
 
-def _found(name: str) -> bpy.types.Material | None:
+def _own(name: str) -> bpy.types.Material | None:
     return next((material for material in bpy.data.materials if material.name == name and material.library is None), None)
 
 
+def _found(name: str) -> bpy.types.Material | None:
+    material = _own(name)
+    return material if material is not None and material.get(_VERSION, 1) == VERSION else None
+
+
 def _new(name: str) -> tuple[bpy.types.Material, Tree]:
-    material = bpy.data.materials.new(name)
+    """A material without nodes: this file's older one of that name, so that what shows it shows the new one, or else another."""
+    material = _own(name) or bpy.data.materials.new(name)
+    material[_VERSION] = VERSION
     if material.node_tree is None:
         material.use_nodes = True  # the default, and deprecated, from Blender 5.0
     if name != DOT:
@@ -81,11 +92,13 @@ def _new(name: str) -> tuple[bpy.types.Material, Tree]:
 def _finish(
     material: bpy.types.Material, t: Tree, distance2: bpy.types.NodeSocket, weight: bpy.types.NodeSocket | float
 ) -> bpy.types.Material:
-    """Transparent and Emission mixed by the Gaussian's alpha."""
-    emission = t.node("ShaderNodeAttribute", attribute_type="INSTANCER", attribute_name=EMISSION).outputs["Color"]
+    """Transparent and Emission mixed by the Gaussian's alpha, of which a density d makes that of d splats one behind the other."""
+    own = t.node("ShaderNodeAttribute", attribute_type="INSTANCER", attribute_name=EMISSION).outputs
+    emission, density = own["Color"], own["Alpha"]
     opacity = t.node("ShaderNodeAttribute", attribute_type="INSTANCER", attribute_name=RADIANCE).outputs["Alpha"]
     falloff = t.math("POWER", t.math("DIVIDE", opacity, ALPHA_MIN), t.math("MULTIPLY", distance2, -1.0))
     alpha = t.math("MINIMUM", t.math("MULTIPLY", opacity, falloff), ALPHA_MAX)
+    alpha = t.math("SUBTRACT", 1.0, t.math("POWER", t.math("SUBTRACT", 1.0, alpha), density))
     alpha = t.math("MULTIPLY", t.math("MULTIPLY", alpha, t.math("LESS_THAN", distance2, 1.0)), weight)
     clear = t.node("ShaderNodeBsdfTransparent").outputs[0]
     glow = t.node("ShaderNodeEmission", {"Color": emission, "Strength": 1.0}).outputs[0]

@@ -24,7 +24,7 @@ from .tree import Tree, output
 
 NAME = "Gaussian Splats"
 # Of the nodes and inputs. Raise it with every change to them: `upgrade` then rebuilds what older files hold.
-VERSION = 2
+VERSION = 3
 _VERSION = "gaussian_splats_version"
 _NATIVE = "gaussian_splats_native"  # set where Blender draws the splats itself
 
@@ -183,8 +183,9 @@ def _stored(t: Tree, points, name: str, kind: str, value) -> bpy.types.NodeSocke
 
 def _drawn(t: Tree, given, points, scale, colour, opacity) -> bpy.types.NodeSocket:
     """What stands for the splats in the viewport or in renders."""
-    linear = _combined(t, [_srgb_to_linear(t, value) for value in colour])
-    emission = _switch(t, given[inputs.BLEND_IN_DISPLAY_SPACE], linear, _combined(t, colour), "RGBA")
+    density = given[inputs.DENSITY]
+    linear = _combined(t, [_srgb_to_linear(t, value) for value in colour], density)
+    emission = _switch(t, given[inputs.BLEND_IN_DISPLAY_SPACE], linear, _combined(t, colour, density), "RGBA")
     points = _stored(t, points, material.EMISSION, "FLOAT_COLOR", emission)
     # A splat ends where its alpha falls to 1/255, at k = sqrt(2 ln(255 o)) standard deviations.
     logarithm = t.math("LOGARITHM", t.math("DIVIDE", opacity, material.ALPHA_MIN), 2.718281828459045)
