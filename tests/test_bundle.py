@@ -161,6 +161,17 @@ def test_a_contradictory_bundle_json(bundle: Path, change: dict) -> None:
     assert str(bundle) in one_line(error)
 
 
+@pytest.mark.parametrize("name", ["text_encoder/model/modeling.py", "unet/weights.bin", "setup"])
+def test_only_plain_data_is_listed(bundle: Path, name: str) -> None:
+    info = json.loads((bundle / "bundle.json").read_text())
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    info["files"][name] = {"size": 1, "sha256": sha256(bundle / name)}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="no plain data"):
+        load_bundle(bundle)
+
+
 @pytest.mark.parametrize("name", ["../secret.json", "/etc/hostname", "a\\b"])
 def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
     info = json.loads((bundle / "bundle.json").read_text())
@@ -238,6 +249,60 @@ def test_a_hub_id_is_only_fetched_when_allowed(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(InputError, match="not allowed"):
         find_bundle("owner/gaussian-atlas-base", allow_download=False)
     assert calls == [("owner/gaussian-atlas-base", False), ("owner/gaussian-atlas-base", True)]
+
+
+@pytest.mark.parametrize("wanted", [None, ["unet/config.json", "tokenizer/*"]])
+def test_only_plain_data_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: list[str] | None) -> None:
+    """By the hub library's own reading of the patterns."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    plain = ["unet/config.json", "tokenizer/tokenizer.json", "tokenizer/merges.txt", "README.md", "unet/a.safetensors"]
+    other = ["tokenizer/tokenization.py", "text_encoder/model/modeling.py", "unet/a.bin", "tokenizer/a.pkl", "unet/a.msgpack", "run.sh"]
+    fetched = []
+
+    def snapshot(repo: str, allow_patterns: list[str] | None = None, ignore_patterns: list[str] | None = None, **_: object) -> str:
+        fetched.extend(filter_repo_objects(plain + other, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    find_bundle("owner/gaussian-atlas-base", wanted=wanted)
+    assert fetched == (plain if wanted is None else plain[:3])
+
+
+def clip(folder: Path) -> Path:
+    """A folder with a tiny text model and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(vocab_size=40000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    CLIPTextModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copyfile(text_encoder().tokenizer_folder / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["configuration", "model", "tokenizer", "attention", "adapter", "damaged"])
+def test_python_beside_a_text_encoder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Even where somebody answers yes on the console."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = clip(tmp_path / "clip"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    changes = {
+        "configuration": ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}),
+        "model": ("config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
+        "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
+        "attention": ("config.json", {"attn_implementation": "somebody/kernel"}),
+        "adapter": ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}),
+        "damaged": ("config.json", {"hidden_size": "wide"}),
+    }
+    name, change = changes[what]
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | change))
+    with pytest.raises(InputError) as error:
+        TextEncoder.from_folder(folder, max_length=16).encode(["a chair"])
+    assert str(folder) in one_line(error)
+    assert not ran.exists()
 
 
 def test_a_text_encoder_with_other_weights_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ _NORMALIZATION = "atlas/normalization.safetensors"
 _CHANNELS = "atlas/channels.json"
 _PRIOR = "atlas/prior.safetensors"
 _REGRESSION = "atlas/regression.safetensors"
+# Plain data: nothing else is downloaded, and a bundle may list nothing else, such as pickles or Python.
+_PLAIN = (".safetensors", ".json", ".txt", ".md", ".csv")
 _NEEDED = (_UNET_CONFIG, _UNET_WEIGHTS, _SCHEDULER, f"{_TEXT_ENCODER}/config.json", _LAYOUT, _NORMALIZATION, _CHANNELS)
 
 
@@ -243,7 +245,7 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
 
     Args:
         allow_download: without it only a snapshot that is already in the local cache is found.
-        wanted: patterns of the files to fetch; None fetches all.
+        wanted: patterns of the files to fetch, of which only plain data are; None fetches all of these.
 
     Raises:
         InputError: it is neither a folder here nor a hub model that can be had.
@@ -258,8 +260,9 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        pickles = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
-        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=pickles, local_files_only=not allow_download))
+        # "tokenizer/*" is "tokenizer/*.json" and so on.
+        plain = [pattern + suffix if pattern.endswith("*") else pattern for pattern in wanted or ["*"] for suffix in _PLAIN]
+        return Path(snapshot_download(text, allow_patterns=plain, local_files_only=not allow_download))
     except LocalEntryNotFoundError as error:
         reason = "the hub could not be reached" if allow_download else "it has not been downloaded, and downloads are not allowed here"
         raise InputError(f"the model {text} is not a folder here, and {reason}") from error
@@ -355,6 +358,8 @@ def _relative(name: str, directory: Path) -> Path:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         raise InputError(f"{directory}: {name!r} is not a name of a file inside a bundle")
+    if path.suffix.lower() not in _PLAIN:
+        raise InputError(f"{directory}: {name} is no plain data, which all of a bundle is ({', '.join(_PLAIN)})")
     return path
 
 

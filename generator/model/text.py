@@ -207,19 +207,37 @@ class TextEncoder:
                 from transformers import AutoModel, AutoTokenizer
                 from transformers.utils import logging
 
-                here = {"local_files_only": True}
+                # Without a word on trust transformers asks, on the console, whether it may run Python that lies beside the weights.
+                here = {"local_files_only": True, "trust_remote_code": False}
+                _refuse_code(self.model_folder, self.tokenizer_folder)
                 bars = logging.is_progress_bar_enabled()
                 logging.disable_progress_bar()
                 try:
                     tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder), **here)
                     model = AutoModel.from_pretrained(str(self.model_folder), use_safetensors=True, dtype=torch.float32, **here)
-                except (OSError, ValueError, KeyError) as error:
-                    raise InputError(f"the text encoder in {self.model_folder} cannot be loaded: {' '.join(str(error).split())}") from error
+                except Exception as error:  # whatever transformers makes of files that are damaged or of a kind it does not know
+                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    raise InputError(f"the text encoder in {self.model_folder} cannot be loaded: {reason}") from error
                 finally:
                     if bars:
                         logging.enable_progress_bar()
                 self._parts = tokenizer, model.eval().requires_grad_(False)
             return self._parts
+
+
+def _refuse_code(model: Path, tokenizer: Path) -> None:
+    """Raise InputError where a folder asks for more than weights and configurations: what transformers would fetch or run for it."""
+    if (model / "adapter_config.json").exists():
+        raise InputError(f"the text encoder in {model} cannot be loaded: it is an adapter of another model; merge it into that one")
+    for path in (model / "config.json", tokenizer / "config.json", tokenizer / "tokenizer_config.json"):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # transformers says what is wrong with it
+            continue
+        attention = [config.get(name) for name in ("attn_implementation", "_attn_implementation")] if isinstance(config, dict) else []
+        # Attention may be named as a repository of compiled code.
+        if attention and (config.get("auto_map") or any("/" in str(name) for name in attention)):
+            raise InputError(f"{path} asks for code of its own, which is never run: take a text encoder that transformers knows")
 
 
 def sha256(path: Path) -> str:
