@@ -215,6 +215,8 @@ class TextEncoder:
                 try:
                     tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder), **here)
                     model = AutoModel.from_pretrained(str(self.model_folder), use_safetensors=True, dtype=torch.float32, **here)
+                except MemoryError:
+                    raise
                 except Exception as error:  # whatever transformers makes of files that are damaged or of a kind it does not know
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
                     raise InputError(f"the text encoder in {self.model_folder} cannot be loaded: {reason}") from error
