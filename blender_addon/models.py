@@ -8,7 +8,6 @@ Nothing is ever unpickled or executed; other kinds of files are refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import stat
@@ -23,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ..generator.errors import Cancelled, InputError, WorkError
-from ..generator.files import replacing_folder
+from ..generator.files import parse_json, replacing_folder
 from . import extension, service
 from .job import Report
 from .service import ModelInfo
@@ -173,11 +172,11 @@ def _take(files: _Files, place: Path, source: str, report: Report, cancel: threa
 def _entries(data: bytes, source: str) -> tuple[dict[str, dict], dict]:
     """The listed files of a bundle.json and all of it, checked. Raises InputError."""
     try:
-        bundle = json.loads(data)
+        bundle = parse_json(data)
         entries = dict(bundle["files"])
         str(bundle["name"])
         known = bundle["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{source}: {BUNDLE} is not a readable model description") from None
     if not known:
         raise InputError(f"{source}: this model has another format than {FORMAT}; a newer version of the extension may read it")

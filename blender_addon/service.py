@@ -6,7 +6,6 @@ import ctypes
 import gc
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generator.errors import InputError
+from ..generator.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def describe(folder: Path) -> ModelInfo:
 @lru_cache(maxsize=32)
 def _describe(path: Path, changed: int, size: int) -> ModelInfo:
     data = path.read_bytes()
-    bundle = json.loads(data)
+    bundle = parse_json(data)
     return ModelInfo(
         name=str(bundle["name"]),
         version=str(bundle.get("version", "")),

@@ -121,6 +121,18 @@ def test_missing_truncated_and_altered_files(bundle: Path, name: str) -> None:
     load_bundle(bundle)
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "unet/config.json", "text_encoder/config.json", "atlas/channels.json"])
+def test_json_of_many_brackets(bundle: Path, name: str) -> None:
+    """Python's own parser ends in a RecursionError."""
+    (bundle / name).write_text("[" * 100_000)
+    if name != "bundle.json":
+        info = json.loads((bundle / "bundle.json").read_text())
+        info["files"][name] = {"size": 100_000, "sha256": sha256(bundle / name)}
+        (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="nested too deeply"):
+        load_bundle(bundle)
+
+
 def test_without_verification_sizes_are_still_checked(bundle: Path) -> None:
     path = bundle / "CREDITS.csv"
     path.write_bytes(b"Name,licence\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -381,3 +384,23 @@ def test_records_survive_and_damage_is_told() -> None:
             parse_edit(text)
     with pytest.raises(InputError, match="morph"):
         parse_edit(of_morph({}, {}))
+    assert "strength x, of" in describe('{"kind": "variation", "source": [1], "strength": "x"}')
+    assert describe("[" * 100_000) == "", "Python's parser ends in a RecursionError"
+
+
+@pytest.mark.parametrize("size", [1 << 17, 12_000_000])
+def test_a_record_is_unpacked_no_further_than_an_atlas_goes(size: int) -> None:
+    """A few kilobytes may hold the bits of a hundred million cells."""
+
+    def record(packed: bytes) -> str:
+        return json.dumps({"kind": "inpainting", "source": {}, "strength": 1, "cells": base64.b64encode(packed).decode()})
+
+    zipped = zlib.compress(bytes(size - 1) + b"\1", 9)
+    assert len(record(zipped)) < 16_000
+    if size > 1 << 17:
+        with pytest.raises(InputError, match="damaged"):
+            parse_edit(record(zipped))
+    else:
+        assert parse_edit(record(zipped))[2].tolist() == [2**20 - 1]
+    with pytest.raises(InputError, match="damaged"):
+        parse_edit(record(zipped[:-1]))

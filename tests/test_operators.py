@@ -112,7 +112,9 @@ def test_a_missing_model_says_where_and_offers_the_starter(bpy, fake_model):
     assert status(bpy).fix_operator == "gaussian_atlas.use_starter_model"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": "1"}', "\x00", '{"name": "a", "defaults": {"guidance_scale": "much"}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"version": "1"}', "\x00", "[" * 100_000, '{"name": "a", "defaults": {"guidance_scale": "much"}}']
+)
 def test_a_damaged_model_description_is_named(bpy, fake_model, text):
     (fake_model.folder / "bundle.json").write_text(text)
     with pytest.raises(RuntimeError, match="bundle.json is not a readable model description"):

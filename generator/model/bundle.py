@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..atlas import CHANNELS, AtlasLayout, ChannelSpec, Normalization
 from ..errors import InputError
-from ..files import replacing_folder
+from ..files import parse_json, replacing_folder
 from .prior import AtlasPrior
 from .regression import TextRegression
 from .text import TextEncoder, sha256
@@ -382,7 +382,7 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(_read_text(path))
+        value = parse_json(_read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import parse_json
 
 KINDS = ("package", "transformers")
 UNCONDITIONAL = ("zeros", "empty")
@@ -105,7 +106,7 @@ class TextEncoder:
         folder = Path(folder)
         path = folder / _DESCRIPTOR
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable text encoder descriptor ({error})") from error
         names = {field.name for field in fields(TextEncoderConfig)}
@@ -165,7 +166,7 @@ class TextEncoder:
         """D, the length of a hidden state; read from the model's own configuration without loading it."""
         path = self.model_folder / "config.json"
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
+            return int(parse_json(path.read_text(encoding="utf-8"))["hidden_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a readable configuration of a text model") from error
 
@@ -233,7 +234,7 @@ def _refuse_code(model: Path, tokenizer: Path) -> None:
         raise InputError(f"the text encoder in {model} cannot be loaded: it is an adapter of another model; merge it into that one")
     for path in (model / "config.json", tokenizer / "config.json", tokenizer / "tokenizer_config.json"):
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # transformers says what is wrong with it
             continue
         attention = [config.get(name) for name in ("attn_implementation", "_attn_implementation")] if isinstance(config, dict) else []
