@@ -156,7 +156,7 @@ def describe(folder: Path) -> ModelInfo:
         return _describe(path, stat.st_mtime_ns, stat.st_size)
     except FileNotFoundError:
         raise InputError(f"no model in {folder}: bundle.json is missing; choose a model folder in the preferences") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a readable model description ({type(error).__name__}); install the model again") from error
 
 

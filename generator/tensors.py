@@ -30,7 +30,7 @@ def decode_tensors(payload: bytes) -> tuple[dict[str, Tensor], dict]:
     """
     try:
         tensors = safetensors.torch.load(payload)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # the latter of a kind of number that torch does not know
         raise ValueError(str(error)) from error
     length = int.from_bytes(payload[:8], "little")
     metadata = parse_json(payload[8 : 8 + length]).get("__metadata__") or {}

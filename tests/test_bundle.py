@@ -163,6 +163,15 @@ def test_a_git_lfs_pointer_is_recognised(bundle: Path) -> None:
         {"inference": {"dtype": "int8"}},
         {"defaults": {"guidance_scale": "much"}},
         {"defaults": [2.0]},
+        {"defaults": {"guidance_scale": 10**400}},
+        {"defaults": {"num_inference_steps": 2.5}},
+        {"atlas": [1]},
+        {"low_pass": "x"},
+        {"low_pass": -1},
+        {"coverage": "x"},
+        {"coverage": float("nan")},
+        {"vocabulary": 5},
+        {"vocabulary": ["a lamp", 5]},
     ],
 )
 def test_a_contradictory_bundle_json(bundle: Path, change: dict) -> None:
@@ -171,6 +180,37 @@ def test_a_contradictory_bundle_json(bundle: Path, change: dict) -> None:
     with pytest.raises(InputError) as error:
         load_bundle(bundle)
     assert str(bundle) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_train_timesteps": 10**11},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": "many"},
+        {"prediction_type": "flow"},
+        {"beta_schedule": ["linear"]},
+        {"beta_start": None},
+    ],
+)
+def test_a_schedule_that_is_none(bundle: Path, change: dict) -> None:
+    from generator.model.pipeline import GaussianAtlasPipeline
+
+    path = bundle / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    info = json.loads((bundle / "bundle.json").read_text())
+    info["files"]["scheduler/scheduler_config.json"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="scheduler") as error:
+        GaussianAtlasPipeline.from_pretrained(bundle, device="cpu")
+    assert str(bundle) in one_line(error)
+
+
+@pytest.mark.parametrize("change", [{"norm_num_groups": 0}, {"block_out_channels": []}, {"down_block_types": ["Pickle"]}])
+def test_a_network_that_is_none(original: Path, change: dict) -> None:
+    bundle = load_bundle(original)
+    with pytest.raises(InputError, match="weights cannot be loaded"):
+        replace(bundle, unet_config=bundle.unet_config | change).load_unet()
 
 
 @pytest.mark.parametrize("name", ["text_encoder/model/modeling.py", "unet/weights.bin", "setup"])

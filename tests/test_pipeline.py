@@ -316,6 +316,7 @@ def test_cancel_is_seen_at_the_next_step(pipeline: GaussianAtlasPipeline) -> Non
         ({"num_inference_steps": True}, "num_inference_steps"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": 10**400}, "guidance_scale"),
         ({"guidance_scale": "high"}, "guidance_scale"),
         ({"num_samples_per_prompt": 0}, "num_samples_per_prompt"),
         ({"batch_size": 0}, "batch_size"),

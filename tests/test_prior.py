@@ -115,6 +115,8 @@ def test_a_file_gives_the_same_prior_and_others_are_refused(tmp_path: Path):
         (torch.zeros(8, 5, 16, 15), record, r"\[8, 5, 16, 15\]"),
         (torch.zeros(8, 8, 16, 16), record, "size / 2"),
         (torch.full((8, 5, 16, 16), float("nan")), record, "NaN"),
+        (torch.zeros(0, 1, 16, 16), record, r"\[0, 1, 16, 16\]"),
+        (torch.zeros(8, 5, 16, 16, dtype=torch.float8_e8m0fnu), record, "other.safetensors"),
         (prior.covariance, {"format": "other"}, "not a prior"),
     ):
         save_tensors(tmp_path / "other.safetensors", {"covariance": tensor}, stated)

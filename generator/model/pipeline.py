@@ -24,7 +24,7 @@ from ..atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization, fr
 from ..coverage import close_gaps
 from ..errors import Cancelled, InputError, WorkError
 from ..gaussians import Gaussians
-from .bundle import find_bundle, is_number, load_bundle, save_bundle
+from .bundle import MAX_STEPS, find_bundle, is_number, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 
 # Called after each step with the steps done, the steps in all, and a function that decodes the objects as they look so far.
@@ -132,7 +131,7 @@ class GaussianAtlasPipeline:
 
         try:
             scheduler = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config)
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise InputError(f"{bundle.directory}: the scheduler configuration is not usable: {error}") from error
         parts = (bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash)
         pipeline = cls(unet, scheduler, *parts, bundle.prior, bundle.regression)
@@ -531,7 +530,7 @@ def check_arguments(
     _check_count("seed", seed, 0, MAX_SEED - len(prompts) * num_samples_per_prompt + 1)
     if num_inference_steps is not None:
         _check_count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    if guidance_scale is not None and not (is_number(guidance_scale) and math.isfinite(guidance_scale)):
+    if guidance_scale is not None and not is_number(guidance_scale):
         raise InputError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
     if mix_prompt is not None and (not isinstance(mix_prompt, str) or not mix_prompt.strip()):
         raise InputError(f"mix_prompt must be text that is not empty, got {mix_prompt!r}")
