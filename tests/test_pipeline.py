@@ -348,7 +348,13 @@ def test_half_precision_stays_close(directory: Path, pipeline: GaussianAtlasPipe
 def test_devices(directory: Path) -> None:
     with pytest.raises(InputError, match="device"):
         GaussianAtlasPipeline.from_pretrained(directory, device="gpu")
-    if not torch.cuda.is_available():
+    for absent in ("meta", "xpu", "mps" if sys.platform == "linux" else "hpu", "xla", "vulkan"):
+        with pytest.raises(InputError, match=f"device {absent}.* is not available"):
+            GaussianAtlasPipeline.from_pretrained(directory, device=absent)
+    if torch.cuda.is_available():
+        with pytest.raises(InputError, match="device cuda:99 is not available"):
+            GaussianAtlasPipeline.from_pretrained(directory, device="cuda:99")
+    else:
         with pytest.raises(InputError, match="cuda"):
             GaussianAtlasPipeline.from_pretrained(directory, device="cuda")
 

@@ -476,6 +476,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda is not available: this torch sees no CUDA device; use auto or cpu")
+    try:
+        # torch knows the names of more devices than it was built for, and of one, "meta", that holds no numbers.
+        torch.zeros(1, device=resolved).cpu()
+    except Exception as error:
+        raise InputError(f"device {resolved} is not available: {' '.join(str(error).split())[:100]}; use auto or cpu") from error
     return resolved
 
 
