@@ -170,6 +170,32 @@ def test_the_solver_reaches_the_only_atlas(kind: str, steps: int) -> None:
     torch.testing.assert_close(values, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
+def test_the_estimate_of_a_perfect_network_is_the_clean_atlas(kind: str) -> None:
+    pipeline = exact_pipeline(kind)
+    clean = unfold(2 * pipeline.unet.clean, 2).expand(3, -1, -1, -1)
+    alpha2 = pipeline.scheduler.alphas_cumprod[400]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    found = pipeline.estimate(alpha2.sqrt() * clean + (1 - alpha2).sqrt() * noise, ["any"] * 3, 400)
+    torch.testing.assert_close(found, clean, atol=1e-3, rtol=0)
+    assert pipeline.unet.batches == [3] and found.dtype == torch.float32, "without guidance"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": ["any", ""]}, "prompt 1 is empty"),
+        ({"prompts": ["any"]}, r"noisy must be \[1, 16, 32, 32\]"),
+        ({"noisy": torch.zeros(2, CHANNELS, 16, 16)}, "noisy must be"),
+        ({"timestep": 1000}, "timestep must be a whole number from 0 to 999"),
+    ],
+)
+def test_what_cannot_be_estimated_is_named(change: dict, words: str) -> None:
+    arguments = {"noisy": torch.zeros(2, CHANNELS, 32, 32), "prompts": ["any", "other"], "timestep": 5}
+    with pytest.raises(InputError, match=words):
+        exact_pipeline("sample").estimate(**(arguments | change))
+
+
 def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     pipeline = exact_pipeline("sample")
     clean = pipeline.unet.clean

@@ -180,6 +180,14 @@ def test_less_may_be_expected_of_fine_structure():
     torch.testing.assert_close(prior.filter(x, alpha, sigma, torch.ones(16, 9)).mean, plain.mean)
 
 
+def test_an_estimate_is_what_the_prior_and_the_network_know_without_damping():
+    pipeline = correcting(Silent, {"damping": {"above": 2.0, "variance": 0.0}})
+    noisy = torch.randn(2, CHANNELS, 32, 32, generator=torch.Generator().manual_seed(1))
+    alpha2 = pipeline.scheduler.alphas_cumprod[300]
+    expected = pipeline.prior.filter(noisy, alpha2.sqrt(), (1 - alpha2).sqrt()).mean
+    torch.testing.assert_close(pipeline.estimate(noisy, ["a chair", "a lamp"], 300), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_damped_samples_are_smooth():
     pipeline = correcting(Silent, {"damping": {"above": 2.0, "variance": 0.0}})
     values = normalization().normalize(pipeline("a chair", num_inference_steps=10, guidance_scale=1.0).atlases[0].values)[None]

@@ -260,6 +260,30 @@ class GaussianAtlasPipeline:
             seconds["decode"] += time.perf_counter() - started
         return output
 
+    @torch.no_grad()
+    def estimate(self, noisy: Tensor, prompts: list[str], timestep: int) -> Tensor:
+        """The clean atlases that the network sees in noisy ones, without guidance: normalised [B, 16, H, W] float32, both.
+
+        What a model adds at sampling is left out: damping, and the regression, of which the network is only a share.
+
+        Args:
+            noisy: alpha clean + sigma noise at `timestep` of the model's schedule.
+            prompts: B, one for each.
+
+        Raises:
+            InputError: the atlases are not this model's, there is not one prompt for each, or the schedule has no such timestep.
+        """
+        check_arguments(prompts)
+        size = self.layout.size
+        if tuple(noisy.shape) != (len(prompts), CHANNELS, size, size):
+            raise InputError(f"noisy must be [{len(prompts)}, {CHANNELS}, {size}, {size}] for so many prompts, got {list(noisy.shape)}")
+        _check_count("timestep", timestep, 0, self.scheduler.config.num_train_timesteps - 1)
+        factor = int(self.info.get("fold", 1))
+        x, at = fold(noisy.to(self.unet.device, torch.float32), factor), torch.tensor(timestep, device=self.unet.device)
+        prediction = self._predictor(self._encode(prompts), None, 1.0, None, damped=False)(x, at)
+        clean = clean_estimate(prediction, x, *_level(self.scheduler, at), self.scheduler.config.prediction_type)
+        return unfold(clean, factor).to(noisy.device)
+
     def _encode(self, prompts: list[str]) -> Tensor:
         """Hidden states of the prompts [B, L, D]."""
         unique = list(dict.fromkeys(prompts))
@@ -296,7 +320,13 @@ class GaussianAtlasPipeline:
         return scheduler
 
     def _predictor(
-        self, positive: Tensor, negative: Tensor | None, guidance: float, mix: _Mix | None, expected: Tensor | None = None
+        self,
+        positive: Tensor,
+        negative: Tensor | None,
+        guidance: float,
+        mix: _Mix | None,
+        expected: Tensor | None = None,
+        damped: bool = True,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """What the network predicts for latents [B, C, H, W] at a timestep, guided and mixed, float32 of the same shape.
 
@@ -304,11 +334,13 @@ class GaussianAtlasPipeline:
             positive: [B, L, D].
             negative: [1, L, D], predicted for as well; None where there is no guidance, or the network knows it.
             expected: [B, 16, H, W], the mean of the prior. What is predicted is then the posterior mean, into which the network is mixed.
+            damped: less is expected of fine structure, where the model says so.
         """
         # Whatever is the same in every step is made here. The network's dtype is one of these: to tell it, it looks through all its parts.
         texts = [positive] + ([] if mix is None else [mix.text]) + ([] if negative is None else [negative])
         text = torch.cat([each.expand_as(positive) for each in texts])
         count, dtype = len(texts), self.unet.dtype
+        less = self._damping if damped else None
         columns, factor = int(self.info.get("wrap", 0)), int(self.info.get("fold", 1))
         inputs = {"encoder_hidden_states": text, "return_dict": False}
         if self.distilled_guidance:
@@ -327,7 +359,7 @@ class GaussianAtlasPipeline:
         def corrected(latents: Tensor, timestep: Tensor) -> Tensor:
             known = None
             if self.prior is not None:
-                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep), self._damping)
+                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep), less)
                 latents = fold(known.image, factor)
             batch = wrap(torch.cat([latents] * count), columns).to(dtype).contiguous(memory_format=self.memory_format)
             predictions = list(unwrap(self.unet(batch, timestep, **inputs)[0].float(), columns).chunk(count))
