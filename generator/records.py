@@ -73,21 +73,14 @@ def parse_edit(text: str) -> tuple[dict[str, Any], float, np.ndarray | None]:
 def describe(text: str) -> str:
     """A record in a few words; "" for none."""
     record = parse(text)
-    source, strength = _entry(record, "source"), record.get("strength", 0)
-    strength = f"{strength:g}" if isinstance(strength, float) else str(strength)[:20]
+    source = record.get("source") or {}
     origin = f"\u201c{source.get('prompt', '')}\u201d, seed {source.get('seed', 0)}"
     match record.get("kind"):
         case "variation":
-            return f"Variation, strength {strength}, of {origin}"
+            return f"Variation, strength {record.get('strength', 0):g}, of {origin}"
         case "inpainting":
-            return f"Some cells anew, strength {strength}, in {origin}"
+            return f"Some cells anew, strength {record.get('strength', 0):g}, in {origin}"
         case "morph":
-            ends = (f"\u201c{_entry(record, end).get('prompt', '')}\u201d" for end in ("first", "second"))
+            ends = (f"\u201c{(record.get(end) or {}).get('prompt', '')}\u201d" for end in ("first", "second"))
             return f"Morph of {' and '.join(ends)}"
     return ""
-
-
-def _entry(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """The provenance of that name in a record; {} where there is none."""
-    found = record.get(name)
-    return found if isinstance(found, dict) else {}
