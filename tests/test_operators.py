@@ -52,6 +52,13 @@ def test_generate_makes_a_splat_object_with_its_provenance(bpy, fake_model, exte
     assert stored.program_version == extension("generator.version").program_version()
 
 
+def test_that_a_prompt_was_cut_is_said_once(bpy, fake_model, capfd):
+    fake_model.pipeline.notes = ["the model reads 32 tokens; the end of this prompt is left out: 'a'"]
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", count=3, steps=1)
+    out = capfd.readouterr().out.splitlines()
+    assert [line for line in out if line.startswith("Warning:")] == [f"Warning: {fake_model.pipeline.notes[0]}"]
+
+
 def test_count_gives_a_grid_of_consecutive_seeds(bpy, fake_model):
     bpy.context.scene.cursor.location = (1, 2, 3)
     bpy.ops.gaussian_atlas.generate(prompt="a chair", seed=2**31 - 2, steps=1, count=5)

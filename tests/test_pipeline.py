@@ -146,6 +146,9 @@ class FixedText:
     def encode(self, prompts):
         return SimpleNamespace(hidden=torch.ones(len(prompts), 4, 8))
 
+    def left_out(self, prompts):
+        return []
+
     def unconditional(self, count):
         return SimpleNamespace(hidden=torch.zeros(count, 4, 8))
 
@@ -253,6 +256,18 @@ def test_from_prompt_to_gaussians(pipeline: GaussianAtlasPipeline) -> None:
     torch.testing.assert_close(from_atlas(atlas, layout()).means, gaussians.means)
     assert output.seconds.keys() == {"text", "sample", "decode"} and all(value >= 0 for value in output.seconds.values())
     gaussians.means.clone().requires_grad_().sum().backward()  # ordinary tensors, not inference-only ones
+
+
+@pytest.mark.filterwarnings("ignore:the model reads")
+def test_a_prompt_that_was_cut_is_noted_once(pipeline: GaussianAtlasPipeline) -> None:
+    """A warning in a thread that works for a window reaches nobody."""
+    long, other = "a lamp " * 40, "a red chair " * 40
+    assert pipeline("a lamp", num_inference_steps=1).notes == []
+    (note,) = pipeline([long, "a lamp", long], num_inference_steps=1, num_samples_per_prompt=2).notes
+    assert note.startswith("the model reads 32 tokens") and "a lamp a lamp" in note
+    notes = pipeline("a lamp", negative_prompt=long, mix_prompt=other, num_inference_steps=1).notes
+    assert len(notes) == 2 and "red chair" in notes[0]
+    assert pipeline("a lamp", negative_prompt=long, guidance_scale=1, num_inference_steps=1).notes == [], "it is not read"
 
 
 def test_seeds_reproduce_bit_for_bit(pipeline: GaussianAtlasPipeline, directory: Path) -> None:

@@ -53,6 +53,7 @@ class GenerationOutput:
     num_inference_steps: int
     guidance_scale: float
     seconds: dict[str, float] = field(default_factory=dict)  # by stage: text, sample, decode
+    notes: list[str] = field(default_factory=list)  # what a person should know, a line each: that a prompt was cut
 
 
 class GaussianAtlasPipeline:
@@ -228,9 +229,11 @@ class GaussianAtlasPipeline:
         mix = None
         if mix_prompt is not None and mix_weight > 0:
             mix = _Mix(mix_prompt, self._encode([mix_prompt]), float(mix_weight))
+        read = [*mixed, *([] if mix is None else [mix.prompt]), *([] if negative is None else [negative_prompt or ""])]
+        notes = self.text_encoder.left_out(list(dict.fromkeys(read)))
         _stop_if(cancel)
         seconds = {"text": time.perf_counter() - started, "sample": 0.0, "decode": 0.0}
-        output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds)
+        output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds, notes)
         if source is not None and source.strength == 0:
             output.atlases.extend(source.atlas for _ in prompts)
             output.gaussians.extend(self._gaussians(source.atlas) for _ in prompts)

@@ -177,13 +177,19 @@ class TextEncoder:
         length = self.config.max_length
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         mask = tokens["attention_mask"]
-        for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True):
-            if full and len(tokenizer(prompt)["input_ids"]) > length:
-                warnings.warn(f"the model reads {length} tokens; the end of this prompt is left out: {prompt[:60]!r}", stacklevel=3)
+        for note in self.left_out([prompt for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True) if full]):
+            warnings.warn(note, stacklevel=3)
         if self.config.padding == "kept":
             return TextFeatures(model(input_ids=tokens["input_ids"]).last_hidden_state.float(), mask)
         hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
         return TextFeatures(hidden.float() * mask[..., None], mask)
+
+    def left_out(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each prompt that is longer than the configured length: of what `encode` does not read."""
+        tokenizer, _ = self._load()
+        length = self.config.max_length
+        long = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > length]
+        return [f"the model reads {length} tokens; the end of this prompt is left out: {prompt[:60]!r}" for prompt in long]
 
     def sentences(self, prompts: Sequence[str]) -> Tensor:
         """Sentence embeddings [B, D], unit: the mean over each prompt's tokens (Sentence-BERT, Reimers and Gurevych 2019)."""
