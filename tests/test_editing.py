@@ -187,6 +187,7 @@ def test_predictions_are_averaged_before_guidance(guidance: float) -> None:
     pipe.text_encoder = SimpleNamespace(
         encode=lambda prompts: SimpleNamespace(hidden=torch.stack([torch.full((4, 8), float(prompt)) for prompt in prompts])),
         unconditional=lambda count: SimpleNamespace(hidden=torch.zeros(count, 4, 8)),
+        left_out=lambda prompts: [],
     )
     values = pipe("1", mix_prompt="3", mix_weight=0.25, num_inference_steps=3, guidance_scale=guidance).atlases[0].values
     expected = normalization().denormalize(unfold((1 + guidance * 1.5) * pipe.unet.clean, 2))[0]
