@@ -23,27 +23,28 @@ override PLATFORM := $(value PLATFORM)
 export PROMPT PROMPTS SEED COUNT OUT PRESET VERSIONS PLATFORM BLENDER_PYTHON
 export TORCH_INDEX PYTHON311 PYTHON313
 
-.PHONY: help setup infinigen generate batch train test test-blender lint bench extension index docs lock lock-wheels clean
+.PHONY: help setup infinigen generate batch train test test-blender interop lint bench extension index docs lock lock-wheels clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-define run_setup
+# $(call with_python,TARGET,SCRIPT): runs a script that makes an environment.
+define with_python
 @"$(SETUP_PYTHON)" -c '' >/dev/null 2>&1 || { \
-	echo 'make setup: Python 3.11 was not found: install it (Debian 12: sudo apt-get install python3.11 python3.11-venv)' \
-		'or name it: make setup PYTHON=/path/to/python3.11' >&2; exit 2; }
-@"$(SETUP_PYTHON)" tools/setup.py
+	echo 'make $(1): Python 3.11 was not found: install it (Debian 12: sudo apt-get install python3.11 python3.11-venv)' \
+		'or name it: make $(1) PYTHON=/path/to/python3.11' >&2; exit 2; }
+@"$(SETUP_PYTHON)" $(2)
 endef
 
 setup: ## make .venv with everything in it (TORCH_INDEX=URL chooses where torch comes from)
-	$(run_setup)
+	$(call with_python,setup,tools/setup.py)
 
 # Every other target comes here when the requirements changed; setup.py itself decides by content whether there is work.
 $(STAMP): pyproject.toml requirements.lock tools/setup.py
-	$(run_setup)
+	$(call with_python,setup,tools/setup.py)
 
 infinigen: ## make .venv-infinigen, which the object source infinigen runs in (2.5 GB)
-	@"$(PYTHON)" tools/setup_infinigen.py
+	$(call with_python,infinigen,tools/setup_infinigen.py)
 
 generate: $(STAMP) ## one object from PROMPT="a red armchair" [SEED=0] [COUNT=1] [OUT=out]: .blend, .ply and .png
 	@test -n "$$PROMPT" || { echo 'make generate: PROMPT is empty: make generate PROMPT="a red armchair"' >&2; exit 2; }
@@ -57,15 +58,19 @@ train: $(STAMP) ## objects to a model bundle: PRESET=tiny|starter|everyday|paper
 	@test -n "$$PRESET" || { echo 'make train: PRESET is empty: make train PRESET=tiny (or starter, paper)' >&2; exit 2; }
 	@$(RUN) -m trainer train --preset="$$PRESET"
 
-test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension
-	@$(RUN) -m pytest
+test: $(STAMP) ## the whole suite, and the add-on's tests once more against the installed extension [COVERAGE=1]
+	@$(RUN) -m pytest $(if $(value COVERAGE),--cov)
 	@$(RUN) tools/extension.py test
 
 test-blender: $(STAMP) ## the add-on's tests on Blender 4.5, 5.0 and 5.2, each in an environment of its own [VERSIONS="4.5 5.2"] [SKIP=1]
 	@$(RUN) tools/matrix.py $$VERSIONS $(if $(value SKIP),--skip-missing)
 
-lint: $(STAMP) ## ruff, and Blender's check of the manifest
+interop: $(STAMP) ## other programs read our splat files and we theirs, as a table; those of npm go into .interop (220 MB, Node.js 20)
+	@$(RUN) tools/interop.py
+
+lint: $(STAMP) ## ruff, types by mypy, and Blender's check of the manifest
 	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
 	@$(RUN) tools/extension.py validate
 
 bench: $(STAMP) ## every benchmark beside its peer or reference
@@ -78,7 +83,7 @@ index: $(STAMP) ## dist/index.json: with the zips beside it, a repository that B
 	@$(RUN) tools/extension.py index
 
 docs: ## the documentation site in site/, built strictly, in an environment of its own (.venv-docs, 165 MB)
-	@"$(PYTHON)" tools/pages.py
+	$(call with_python,docs,tools/pages.py)
 
 lock: $(STAMP) ## rewrite requirements.lock from the environment in use
 	@$(RUN) tools/lock.py

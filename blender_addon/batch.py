@@ -15,10 +15,11 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from ..generator import vocabulary
 from ..generator.errors import InputError, WorkError
@@ -46,6 +47,10 @@ def main(arguments: list[str]) -> int:
         return _complain(WorkError("stopped; run the same command again to go on"), 130)
     except SystemExit as stop:  # argparse ends the program itself; Blender wants the status
         return int(stop.code or 0)
+    except Exception as error:
+        if os.environ.get("GAUSSIAN_ATLAS_TRACEBACK"):
+            raise
+        return _complain(WorkError(f"{one_line(error)} (GAUSSIAN_ATLAS_TRACEBACK=1 shows where)"), 1)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -53,6 +58,8 @@ def generate(options: argparse.Namespace) -> int:
     model = Path(options.model) if options.model else _preferred_model()
     prompts = _read_prompts(Path(options.prompts)) if options.prompts is not None else [options.prompt]
     info = service.describe(model)
+    if options.steps is None:
+        options.steps = int(info.defaults.get("num_inference_steps", 20))
     if options.guidance is None:
         options.guidance = info.defaults.get("guidance_scale", 3.5)
     requests = [one for prompt in prompts for one in _request(prompt, model, options).each()]
@@ -338,7 +345,7 @@ def _complain(error: BaseException, status: int) -> int:
 class _Parser(argparse.ArgumentParser):
     """Bad usage is one line, not the whole usage text."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
@@ -349,11 +356,16 @@ def _add_axes_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--spz-version", type=int, default=2, choices=(2, 3, 4), help="of a .spz file OUT (default: 2)")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _at_least(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` on, to `high` where that is given."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"must be at least {low}{'' if high is None else f' and at most {high}'}, got {value}")
+        return value
+
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -369,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mix-weight", type=float, default=0.5, metavar="W", help="of the second prompt, 0 to 1 (default: 0.5)")
     command.add_argument("--seed", type=int, default=0, help="seed of the first object of each prompt (default: 0)")
     command.add_argument("--count", type=int, default=1, help="objects a prompt, with consecutive seeds (default: 1)")
-    command.add_argument("--steps", type=int, default=20, help="solver steps (default: 20)")
+    command.add_argument("--steps", type=int, help="solver steps (default: the model's, usually 20)")
     command.add_argument("--guidance", type=float, help="classifier-free guidance (default: the model's, usually 3.5)")
     command.add_argument("--model", metavar="DIR", help="model folder (default: the one chosen in the preferences)")
     command.add_argument("--out", default="out", metavar="DIR", help="folder for the files (default: out)")
@@ -384,9 +396,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("input", metavar="IN", help="a .ply, .splat or .spz file")
     command.add_argument("output", metavar="OUT", help="the file to write: .ply, .splat, .spz, or a mesh in .glb, .obj, .stl")
     _add_axes_options(command)
-    command.add_argument("--resolution", type=_positive, default=128, help="of a mesh: cells along its longest side (default: 128)")
+    command.add_argument("--resolution", type=_at_least(8, 512), default=128, help="of a mesh: cells along its longest side (default: 128)")
     command.add_argument("--threshold", type=float, default=0.6, help="of a mesh: opacity at its surface (default: 0.6)")
-    command.add_argument("--faces", type=int, default=50_000, help="of a mesh: triangles at most, 0 for all (default: 50000)")
+    command.add_argument("--faces", type=_at_least(0), default=50_000, help="of a mesh: triangles at most, 0 for all (default: 50000)")
     command.set_defaults(run=convert)
 
     command = commands.add_parser("render", help="a picture of a splat file in Cycles", allow_abbrev=False)
@@ -405,8 +417,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_image_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--size", type=_positive, default=512, help="image side in pixels (default: 512)")
-    command.add_argument("--samples", type=_positive, default=4, help="samples a pixel; they only smooth edges (default: 4)")
+    command.add_argument("--size", type=_at_least(1), default=512, help="image side in pixels (default: 512)")
+    command.add_argument("--samples", type=_at_least(1), default=4, help="samples a pixel; they only smooth edges (default: 4)")
     command.add_argument(
         "--exact", action="store_true", help="blend display values under the Raw view, as splat renderers do (default: Standard view)"
     )

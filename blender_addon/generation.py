@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..generator.gaussians import Gaussians
 
 SEED_MAX = 2**31 - 1  # Blender's integer properties are 32 bits wide
+STEPS_MAX = 1000  # as the pipeline takes
 # An object that is being made is decoded at most this often, and for at most this share of the time.
 PREVIEW_SECONDS = 0.3
 PREVIEW_SHARE = 0.15
@@ -37,7 +38,7 @@ class Request:
     model: Path  # folder of the bundle
     negative_prompt: str = ""
     seed: int = 0  # 0 .. 2^31 - 1
-    steps: int = 20  # solver steps, at least 1
+    steps: int = 20  # solver steps, 1 .. STEPS_MAX
     guidance: float = 2.0  # classifier-free guidance, at least 0; 1 is without
     count: int = 1
     device: str = "auto"  # "auto", "cpu" or "cuda"
@@ -50,8 +51,8 @@ class Request:
             raise InputError('the prompt is empty: describe an object, for example "a red armchair"')
         if not 0 <= self.seed <= SEED_MAX:
             raise InputError(f"seed must be between 0 and {SEED_MAX}, got {self.seed}")
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
+        if not 1 <= self.steps <= STEPS_MAX:
+            raise InputError(f"steps must be between 1 and {STEPS_MAX}, got {self.steps}")
         if not 0 <= self.guidance < float("inf"):
             raise InputError(f"guidance must be a number of at least 0, got {self.guidance}")
         if self.count < 1:
@@ -112,7 +113,8 @@ class Preview:
         colors = np.concatenate([host.colors.numpy(), host.opacities.numpy()[:, None]], axis=1).clip(0, 1)
         radii = np.exp(np.log(np.maximum(host.scales.numpy(), 1e-6)).mean(axis=1))
         arrays = (host.means.numpy(), colors, radii)
-        return cls(index, *(np.ascontiguousarray(values[finite], np.float32) for values in arrays), result)
+        positions, colors, radii = (np.ascontiguousarray(values[finite], np.float32) for values in arrays)
+        return cls(index, positions, colors, radii, result)
 
 
 class Watcher:

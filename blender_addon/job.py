@@ -118,7 +118,7 @@ class Job:
 
     def poll(self) -> list[Progress]:
         """Take every message that has arrived, oldest first, and bring `state` up to date. Never waits."""
-        progress = []
+        progress: list[Progress] = []
         while True:
             try:
                 message = self._messages.get_nowait()

@@ -15,6 +15,8 @@ from ..generator.files import replacing
 from .splat_object.tree import Tree, output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..generator.density import Field
     from ..generator.gaussians import Gaussians
 
@@ -46,8 +48,11 @@ class Solid:
     opacity: np.ndarray  # [X, Y, Z] float32
 
 
-def prepare(gaussians: Gaussians, options: Options = DEFAULTS) -> Solid:
+def prepare(gaussians: Gaussians, options: Options = DEFAULTS, check: Callable[[], None] | None = None) -> Solid:
     """The body that splats enclose: their opacity on a grid, holes between them shut, the inside filled.
+
+    Args:
+        check: called at every small part of the work; what it raises ends it.
 
     Raises:
         InputError: nothing is visible, an option is out of range, or no opacity reaches the threshold.
@@ -56,13 +61,13 @@ def prepare(gaussians: Gaussians, options: Options = DEFAULTS) -> Solid:
 
     if not 0 < options.threshold < 1:
         raise InputError(f"threshold must lie between 0 and 1, got {options.threshold:g}")
-    field = density.sample(gaussians, options.resolution)
+    field = density.sample(gaussians, options.resolution, check)
     opacity = 1 - np.exp(-field.density)
     solid = opacity > options.threshold
     if not solid.any():
         raise InputError(f"no opacity reaches the threshold {options.threshold:g}: lower it, or the resolution")
     if options.fill:
-        opacity = np.maximum(opacity, density.softened(solid | density.enclosed(solid, options.fill)))
+        opacity = np.maximum(opacity, density.softened(solid | density.enclosed(solid, options.fill, check)))
     return Solid(field, opacity)
 
 

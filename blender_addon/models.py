@@ -259,7 +259,10 @@ def _zip(path: Path) -> Iterator[_Files]:
             def open(self, name: str) -> IO[bytes]:
                 if prefix + name not in members:
                     raise InputError(f"{path}: {name} is missing: the model is incomplete")
-                return archive.open(members[prefix + name])
+                try:
+                    return archive.open(members[prefix + name])
+                except OSError as error:  # it is said to begin before the archive does
+                    raise zipfile.BadZipFile(str(error)) from error
 
         try:
             yield Zip()

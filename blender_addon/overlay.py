@@ -51,7 +51,8 @@ def show(scene: bpy.types.Scene, preview: Preview, location: Sequence[float]) ->
     """Draw an object of the run at a location (Blender units) in the 3D views of a scene, instead of how it looked before."""
     global _handler, _scene
     _scene = scene.name_full
-    _shown[preview.index] = (preview, tuple(location))
+    x, y, z = location
+    _shown[preview.index] = (preview, (x, y, z))
     if _handler is None:
         _handler = bpy.types.SpaceView3D.draw_handler_add(_draw, (), "WINDOW", "POST_VIEW")
 
@@ -77,7 +78,7 @@ def sorted_points(view: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         view: matrix [4, 4] from the world to the camera, which looks along -Z.
     """
     items = list(_shown.values())
-    positions = np.concatenate([preview.positions + np.float32(location) for preview, location in items])
+    positions = np.concatenate([preview.positions + np.asarray(location, np.float32) for preview, location in items])
     colors = np.concatenate([preview.colors for preview, _ in items])
     radii = np.concatenate([preview.radii for preview, _ in items])
     order = np.argsort(positions @ view[2, :3].astype(np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 import bpy
 from bpy.props import BoolProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
@@ -138,9 +139,12 @@ def stored_provenance(object: bpy.types.Object) -> Provenance | None:
     stored = object.gaussian_atlas
     if not stored.prompt:
         return None
-    found = {field.name: getattr(stored, field.name) for field in fields(Provenance)}
-    # Blender keeps single precision: 3.7 would come back as 3.700000047683716.
-    return Provenance(**{name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()})
+    found: dict[str, Any] = {field.name: getattr(stored, field.name) for field in fields(Provenance)}
+    for name, value in found.items():
+        if isinstance(value, float):
+            # Blender keeps single precision: 3.7 would come back as 3.700000047683716.
+            found[name] = float(f"{value:.7g}")
+    return Provenance(**found)
 
 
 def metadata(object: bpy.types.Object, moved: bool = False) -> dict | None:
@@ -169,6 +173,8 @@ def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
     Raises:
         InputError: it is one of numbers or text that Blender's properties cannot hold; what cannot be made again has no provenance.
     """
+    if metadata is None:
+        return None
     try:
         found = Provenance(
             prompt=str(metadata["prompt"]),

@@ -46,20 +46,22 @@ class Change:
 def changes(scene: bpy.types.Scene) -> list[Change]:
     """What `apply` would change; empty where all is well."""
     is_plain = scene.view_settings.view_transform in ("Standard", "Raw")
-    needed = [("view_settings.view_transform", _LABELS["view_settings.view_transform"], "Standard", is_plain)]
+    needed: list[tuple[str, Any, bool]] = [("view_settings.view_transform", "Standard", is_plain)]
     if not is_plain:  # a look belongs to its view transform: Blender drops it with that
-        needed.append(("view_settings.look", _LABELS["view_settings.look"], "None", scene.view_settings.look == "None"))
+        needed.append(("view_settings.look", "None", scene.view_settings.look == "None"))
     if hasattr(scene, "cycles"):  # the Cycles add-on may be disabled
         for path in ("cycles.transparent_max_bounces", "cycles.min_transparent_bounces"):
-            needed.append((path, _LABELS[path], TRANSPARENT_BOUNCES, _get(scene, path) >= TRANSPARENT_BOUNCES))
-    return [Change(path, label, _get(scene, path), new) for path, label, new, fine in needed if not fine] + _smoothing(scene)
+            needed.append((path, TRANSPARENT_BOUNCES, _get(scene, path) >= TRANSPARENT_BOUNCES))
+    return [Change(path, _LABELS[path], _get(scene, path), new) for path, new, fine in needed if not fine] + _smoothing(scene)
 
 
 def _smoothing(scene: bpy.types.Scene) -> list[Change]:
     """The low-pass of splat renderers, for the camera and resolution as they are; what is keyframed or driven is left alone."""
     pixel = splat_object.pixel(scene)
+    if not pixel:
+        return []
     found = []
-    for object in scene.objects if pixel else ():
+    for object in scene.objects:
         modifier = _smoothed_by(object)
         if modifier and not inputs.is_animated(modifier, inputs.SMOOTHING):
             old, new = inputs.get_value(modifier, inputs.SMOOTHING), node_group.LOW_PASS_PIXELS * pixel
@@ -88,22 +90,31 @@ def apply(scene: bpy.types.Scene) -> list[Change]:
     return todo
 
 
-def restore(scene: bpy.types.Scene) -> list[Change]:
-    """Put the remembered values back. Returns what was changed."""
-    done = []
+def restore(scene: bpy.types.Scene) -> tuple[list[Change], list[str]]:
+    """Put the remembered values back and forget them. Returns what was changed, and a line for each that could not be."""
+    done, refused = [], []
     for path, value in stored_values(scene).items():  # the view transform comes before its look
         if path.startswith(_OBJECTS) and _smoothed_by(scene.objects.get(path.removeprefix(_OBJECTS))) is None:
             continue  # the object is gone
-        done.append(Change(path, _label(path), _get(scene, path), value))
-        _set(scene, path, value)
+        try:
+            change = Change(path, _label(path), _get(scene, path), value)
+            _set(scene, path, value)
+        except (AttributeError, TypeError, ValueError, OverflowError):  # of another Blender, or of an add-on that is disabled
+            refused.append(f"{_label(path)}: {value!r} cannot be put back here")
+        else:
+            done.append(change)
     scene.gaussian_atlas.stored_render_settings = ""
-    return done
+    return done, refused
 
 
 def stored_values(scene: bpy.types.Scene) -> dict[str, Any]:
-    """The values from before `apply`, by path."""
-    stored = scene.gaussian_atlas.stored_render_settings
-    return json.loads(stored) if stored else {}
+    """The values from before `apply`, by path; what a damaged file holds beside them is left out."""
+    try:
+        stored = json.loads(scene.gaussian_atlas.stored_render_settings or "{}")
+    except ValueError:
+        return {}
+    known = stored.items() if isinstance(stored, dict) else ()
+    return {path: value for path, value in known if path in _LABELS or path.startswith(_OBJECTS)}
 
 
 def _label(path: str) -> str:
@@ -119,7 +130,7 @@ def _get(scene: bpy.types.Scene, path: str) -> Any:
 
 def _set(scene: bpy.types.Scene, path: str, value: Any) -> None:
     if path.startswith(_OBJECTS):
-        inputs.set_value(_smoothed_by(scene.objects[path.removeprefix(_OBJECTS)]), inputs.SMOOTHING, value)
+        inputs.set_value(_smoothed_by(scene.objects[path.removeprefix(_OBJECTS)]), inputs.SMOOTHING, float(value))
         return
     owner, _, name = path.partition(".")
     setattr(getattr(scene, owner), name, value)

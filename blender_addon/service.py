@@ -97,6 +97,8 @@ def _open_ahead() -> None:
         return
     try:
         spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            return
         library = Path(spec.origin).with_name("lib") / "libtorch_python.so"
         if library.is_file():
             open_library = ctypes.CDLL(None).dlopen

@@ -14,8 +14,9 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import Cancelled, InputError, WorkError
 from .version import program_version
@@ -37,7 +38,7 @@ _OPTIONS |= {"mix_prompt": "--mix", "mix_weight": "--mix-weight", "strength": "-
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
 
@@ -135,12 +136,13 @@ def _generate(arguments: list[str]) -> None:
     if options.init is None and (options.strength is not None or options.box is not None):
         raise InputError("--strength and --box need --init, the object to start from")
     source = None if options.init is None else _source(Path(options.init))
-    outputs, previews = _numbered(options.output, options.count), [None] * options.count
+    outputs = _numbered(options.output, options.count)
+    previews: list[Path] = []
     if options.preview is not None:
         if Path(options.preview).suffix.lower() != ".png":
             raise InputError(f"--preview {options.preview}: previews end in .png")
         previews = _numbered(options.preview, options.count)
-    for path in outputs + [path for path in previews if path is not None]:
+    for path in outputs + previews:
         check_writable(path)
 
     _say(f"loading {options.model}")
@@ -193,11 +195,11 @@ def _generate(arguments: list[str]) -> None:
         pictures = [render(gaussians, Cameras.orbit(count=1, size=PREVIEW_SIZE)).rgb[0] for gaussians in result.gaussians]
         seconds["preview"] = time.perf_counter() - before
     before = time.perf_counter()
-    # All files take their places together at the end of the block, or none does.
+    # Files are renamed to their places when all are written; only a rename that fails can leave some without the others.
     with ExitStack() as places:
         for path, gaussians, seed in zip(outputs, result.gaussians, result.seeds, strict=True):
             save(gaussians, places.enter_context(replacing(path)), metadata=provenance | {"seed": seed})
-        for path, picture in zip(previews, pictures, strict=bool(pictures)):
+        for path, picture in zip(previews, pictures, strict=True):
             save_png(picture, places.enter_context(replacing(path)))
     seconds["write"] = time.perf_counter() - before
     seconds["total"] = time.perf_counter() - started
@@ -211,11 +213,14 @@ def _source(path: Path) -> tuple[Gaussians, dict]:
     Raises:
         InputError: it cannot be read, or does not say which cell each Gaussian is.
     """
-    from .formats import load, load_metadata, stated_up
+    from .formats import load, load_metadata
 
-    gaussians, provenance = load(path, up=stated_up(path)), load_metadata(path)
-    if not (provenance or {}).get("layout_id"):
+    gaussians, provenance = load(path), load_metadata(path) or {}
+    if not provenance.get("layout_id"):
         raise InputError(f"--init {path}: the file does not say which cells its Gaussians are; generate the object again, to a .ply")
+    low_pass = provenance.get("low_pass", 0.0)
+    if isinstance(low_pass, bool) or not isinstance(low_pass, int | float) or not 0 <= low_pass < float("inf"):
+        raise InputError(f"--init {path}: its low_pass is not a number of at least 0 but {json.dumps(low_pass)}; generate the object again")
     return gaussians, provenance
 
 
@@ -233,6 +238,12 @@ def _edit(
 
     if provenance["layout_id"] != pipeline.layout.id:
         raise InputError("--init was made by a model of another layout: take the model that made it")
+    # Gaussian i is taken for cell i, which holds for a whole atlas alone.
+    if len(gaussians) != pipeline.layout.count:
+        count = pipeline.layout.count
+        raise InputError(
+            f"--init holds {len(gaussians)} usable Gaussians where its atlas has {count} cells: which are missing is not known"
+        )
     atlas = pipeline.encode(gaussians, low_pass=float(provenance.get("low_pass", 0.0)))
     strength = (0.5 if box is None else 1.0) if strength is None else strength
     mask, cells = None, None
@@ -251,7 +262,7 @@ def _edit(
 def _report(options, pipeline, result, outputs, previews, provenance, seconds, hint) -> None:
     objects = [
         {"output": str(output), "preview": None if preview is None else str(preview), "seed": seed, "gaussians": len(gaussians)}
-        for output, preview, seed, gaussians in zip(outputs, previews, result.seeds, result.gaussians, strict=True)
+        for output, preview, seed, gaussians in zip(outputs, previews or [None] * len(outputs), result.seeds, result.gaussians, strict=True)
     ]
     if options.json:
         model = {"name": pipeline.info["name"], "version": pipeline.info["version"], "sha256": pipeline.model_hash, "path": options.model}
@@ -284,7 +295,7 @@ def _info(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args(arguments)
     path = Path(options.path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path} does not exist")
     found = _describe_bundle(path) if path.is_dir() else _describe_file(path)
     if options.json:
@@ -293,8 +304,8 @@ def _info(arguments: list[str]) -> None:
     width = max(map(len, found))
     for key, value in found.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{name}: {_short(entry)}" for name, entry in value.items())
-        print(f"{key:<{width}}  {_short(value)}")
+            value = ", ".join(f"{_short(name)}: {_short(entry)}" for name, entry in value.items())
+        print(f"{_short(key):<{width}}  {_short(value)}")
 
 
 def _describe_file(path: Path) -> dict:
@@ -357,6 +368,8 @@ def _numbered(name: str, count: int) -> list[Path]:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.isprintable():  # a file's text must not give orders to the terminal
+        text = json.dumps(value)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
@@ -371,5 +384,6 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     # A prompt may hold characters that a redirected stream cannot.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,8 @@ class Field:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.density.shape
+        x, y, z = self.density.shape
+        return x, y, z
 
     def colors_at(self, points: np.ndarray) -> np.ndarray:
         """Display sRGB [N, 3] in 0..1 at points [N, 3], trilinear; grey where no splat reaches."""
@@ -55,27 +57,38 @@ class Field:
         return np.where(weight[:, None] > 1e-9, total / np.maximum(weight, 1e-9)[:, None], 0.5).clip(0, 1)
 
 
-def sample(gaussians: Gaussians, resolution: int) -> Field:
+def _go_on() -> None:
+    pass
+
+
+def sample(gaussians: Gaussians, resolution: int, check: Callable[[], None] | None = None) -> Field:
     """Density and colour of Gaussians on a grid of `resolution` cells along the longest side of their box.
 
     Density is minus the logarithm of what passes all splats at that point: sum of -log(1 - opacity exp(-d^2/2)). Splats that
     lie apart are widened along their two long axes until they touch; the short axis, the surface's normal, stays as it is.
 
+    Args:
+        check: called at every block of work; what it raises ends it.
+
     Raises:
-        InputError: no Gaussian is visible, or the resolution is below 8.
+        InputError: no Gaussian is visible, all together have no size that can be computed with, or the resolution is below 8.
     """
+    check = check or _go_on
     if resolution < 8:
         raise InputError(f"resolution must be at least 8, got {resolution}")
     visible = gaussians.to("cpu", torch.float32)
     visible = visible[visible.opacities > 0.02]
     if len(visible) == 0:
         raise InputError("no Gaussian is visible: there is no surface")
-    visible = _touching(visible)
+    visible = _touching(visible, check)
     covariances = visible.covariances()
     spread = covariances.diagonal(dim1=1, dim2=2).sqrt()
     low = (visible.means - spread).amin(0)
     high = (visible.means + spread).amax(0)
     step = float((high - low).max()) / resolution
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny < step**2 < limits.max:
+        raise InputError(f"the splats measure {step * resolution:g} across: there is no surface to find, scale the object first")
     origin = low - _MARGIN * step
     shape = tuple(int(n) for n in torch.ceil((high - low) / step).long() + 2 * _MARGIN + 1)
     means = (visible.means - origin) / step  # in voxels from here on
@@ -96,20 +109,29 @@ def sample(gaussians: Gaussians, resolution: int) -> Field:
             count = (count + 1) // 2
         chosen = order[start : start + count]
         start += count
-        extent = torch.minimum(reach[chosen].amax(0), torch.tensor(shape))
-        block = torch.cartesian_prod(*(torch.arange(-int(e), int(e) + 1) for e in extent))  # [B, 3]
-        cells = means[chosen].round().long()[:, None] + block  # [C, B, 3]
-        offset = cells - means[chosen][:, None]
-        distance2 = ((offset @ inverse[chosen]) * offset).sum(2)
-        inside = ((cells >= 0) & (cells < torch.tensor(shape))).all(2) & (distance2 < _REACH**2)
-        alpha = opacities[chosen][:, None] * torch.exp(-0.5 * distance2)
-        index = (cells * strides).sum(2)[inside]
-        amount = -torch.log1p(-alpha[inside])
-        density.index_add_(0, index, amount)
-        # Colour follows the strongest splats, so that what lies behind a surface does not shine through.
-        strong = alpha[inside] ** 2
-        weights.index_add_(0, index, strong)
-        colors.index_add_(0, index, strong[:, None] * visible.colors[chosen][:, None].expand(*inside.shape, 3)[inside])
+        centres = means[chosen].round().long()
+        # As far as the largest reaches, and no further than the grid does.
+        extent = reach[chosen].amax(0)
+        first = torch.maximum(-extent, -centres.amax(0)).tolist()
+        last = torch.minimum(extent, torch.tensor(shape) - 1 - centres.amin(0)).tolist()
+        across = [torch.arange(low, high + 1) for low, high in zip(first[1:], last[1:], strict=True)]
+        # A splat that alone is too large for one block is taken in slabs.
+        thick = max(1, _AT_ONCE // (count * len(across[0]) * len(across[1])))
+        for slab in torch.arange(first[0], last[0] + 1).split(thick):
+            check()
+            block = torch.cartesian_prod(slab, *across)  # [B, 3]
+            cells = centres[:, None] + block  # [C, B, 3]
+            offset = cells - means[chosen][:, None]
+            distance2 = ((offset @ inverse[chosen]) * offset).sum(2)
+            inside = ((cells >= 0) & (cells < torch.tensor(shape))).all(2) & (distance2 < _REACH**2)
+            alpha = opacities[chosen][:, None] * torch.exp(-0.5 * distance2)
+            index = (cells * strides).sum(2)[inside]
+            amount = -torch.log1p(-alpha[inside])
+            density.index_add_(0, index, amount)
+            # Colour follows the strongest splats, so that what lies behind a surface does not shine through.
+            strong = alpha[inside] ** 2
+            weights.index_add_(0, index, strong)
+            colors.index_add_(0, index, strong[:, None] * visible.colors[chosen][:, None].expand(*inside.shape, 3)[inside])
     return Field(
         origin.numpy().astype(np.float64),
         step,
@@ -119,32 +141,37 @@ def sample(gaussians: Gaussians, resolution: int) -> Field:
     )
 
 
-def _touching(gaussians: Gaussians) -> Gaussians:
-    distances = _spacing(gaussians.means)
+def _touching(gaussians: Gaussians, check: Callable[[], None]) -> Gaussians:
+    distances = _spacing(gaussians.means, check)
     least = _TOUCH * distances.clamp(max=_WIDEST * float(distances.median()))
     scales, order = gaussians.scales.sort(dim=1, descending=True)
     wide = torch.cat([torch.maximum(scales[:, :2], least[:, None]), scales[:, 2:]], dim=1)
     return gaussians.replace(scales=torch.empty_like(wide).scatter_(1, order, wide))
 
 
-def _spacing(means: Tensor) -> Tensor:
+def _spacing(means: Tensor, check: Callable[[], None]) -> Tensor:
     """For each point [N, 3] the distance to its fourth neighbour [N]; estimated from a sample where there are many points."""
     count = len(means)
     others = means
     if count > _NEIGHBOURS:
         others = means[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_NEIGHBOURS]]
     rank = min(5, len(others))
-    found = torch.cat([torch.cdist(part, others).topk(rank, largest=False).values[:, -1] for part in means.split(1024)])
-    return found * (len(others) / count) ** 0.5  # points lie on surfaces: their distance falls with the root of their number
+    found = []
+    for part in means.split(1024):
+        check()
+        found.append(torch.cdist(part, others).topk(rank, largest=False).values[:, -1])
+    return torch.cat(found) * (len(others) / count) ** 0.5  # points lie on surfaces: their distance falls with the root of their number
 
 
-def enclosed(solid: np.ndarray, closing: int) -> np.ndarray:
+def enclosed(solid: np.ndarray, closing: int, check: Callable[[], None] | None = None) -> np.ndarray:
     """Mask of the voxels outside a mask `solid` [X, Y, Z] that no path from the border reaches.
 
     Args:
         closing: gaps up to twice as many voxels wide count as shut.
+        check: called at every part of the work; what it raises ends it.
     """
-    free = ~_dilated(torch.from_numpy(solid), closing).numpy()
+    check = check or _go_on
+    free = ~_dilated(torch.from_numpy(solid), closing, check).numpy()
     outside = np.zeros_like(free)
     for axis in range(3):
         for end in (0, -1):
@@ -154,12 +181,13 @@ def enclosed(solid: np.ndarray, closing: int) -> np.ndarray:
     while reached != (reached := int(outside.sum())):
         # One sweep along every axis, there and back, until a whole round reaches nothing new.
         for axis in range(3):
+            check()
             seen, way = np.moveaxis(outside, axis, 0), np.moveaxis(free, axis, 0)
             for i in range(1, len(seen)):
                 seen[i] |= seen[i - 1] & way[i]
             for i in range(len(seen) - 2, -1, -1):
                 seen[i] |= seen[i + 1] & way[i]
-    return ~_dilated(torch.from_numpy(outside), closing + 1).numpy() & ~solid
+    return ~_dilated(torch.from_numpy(outside), closing + 1, check).numpy() & ~solid
 
 
 def softened(mask: np.ndarray) -> np.ndarray:
@@ -170,9 +198,14 @@ def softened(mask: np.ndarray) -> np.ndarray:
     return values[0, 0].numpy()
 
 
-def _dilated(mask: Tensor, radius: int) -> Tensor:
-    """A mask grown by a cube of that radius."""
-    if radius == 0:
-        return mask
-    grown = mask[None, None].float()
-    return torch.nn.functional.max_pool3d(grown, 2 * radius + 1, stride=1, padding=radius)[0, 0] > 0
+def _dilated(mask: Tensor, radius: int, check: Callable[[], None]) -> Tensor:
+    """A mask grown by a cube of that radius, one axis and one step at a time."""
+    for axis in range(3):
+        length = mask.shape[axis]
+        for _ in range(radius):
+            check()
+            grown = mask.clone()
+            grown.narrow(axis, 1, length - 1).logical_or_(mask.narrow(axis, 0, length - 1))
+            grown.narrow(axis, 0, length - 1).logical_or_(mask.narrow(axis, 1, length - 1))
+            mask = grown
+    return mask

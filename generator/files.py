@@ -26,6 +26,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _sibling(path)
     try:
         yield temporary
+        # On the disk before its name is: a power cut must not leave an empty file in the place of a good one.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -92,6 +95,22 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Make a folder that files can be written to; for before the work whose results go there.
+
+    Raises:
+        InputError: it cannot be made or written to, or a file has its name.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write in {path}: {error.strerror or error}; choose another folder") from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f"cannot write in {path}: no permission to write in that folder; choose another")
+    return path
 
 
 def _sibling(path: Path) -> Path:

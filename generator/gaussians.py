@@ -90,5 +90,22 @@ def quaternions_to_matrices(quaternions: Tensor) -> Tensor:
     return torch.stack(rows, dim=-1).reshape(*quaternions.shape[:-1], 3, 3)
 
 
+def matrices_to_quaternions(matrices: Tensor) -> Tensor:
+    """Unit quaternions [N, 4] (w, x, y, z) of rotation matrices [N, 3, 3] (Shepperd 1978: the largest component first)."""
+    m = matrices.flatten(1)
+    xx, yy, zz = m[:, 0], m[:, 4], m[:, 8]
+    x, y, z = m[:, 7] - m[:, 5], m[:, 2] - m[:, 6], m[:, 3] - m[:, 1]
+    xy, xz, yz = m[:, 3] + m[:, 1], m[:, 2] + m[:, 6], m[:, 7] + m[:, 5]
+    # Four times the outer product of the quaternion with itself; each row is the quaternion, times one of its components.
+    outer = torch.stack([
+        1 + xx + yy + zz, x, y, z,
+        x, 1 + xx - yy - zz, xy, xz,
+        y, xy, 1 - xx + yy - zz, yz,
+        z, xz, yz, 1 - xx - yy + zz,
+    ], dim=1).reshape(-1, 4, 4)  # fmt: skip
+    largest = outer.diagonal(dim1=1, dim2=2).argmax(1)
+    return torch.nn.functional.normalize(outer[torch.arange(len(m), device=m.device), largest], dim=1)
+
+
 def _describe(value: object) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

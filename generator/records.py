@@ -71,16 +71,22 @@ def parse_edit(text: str) -> tuple[dict[str, Any], float, np.ndarray | None]:
 
 
 def describe(text: str) -> str:
-    """A record in a few words; "" for none."""
+    """A record in a few words; "" for none, or for one that is damaged."""
     record = parse(text)
-    source = record.get("source") or {}
-    origin = f"\u201c{source.get('prompt', '')}\u201d, seed {source.get('seed', 0)}"
-    match record.get("kind"):
-        case "variation":
-            return f"Variation, strength {record.get('strength', 0):g}, of {origin}"
-        case "inpainting":
-            return f"Some cells anew, strength {record.get('strength', 0):g}, in {origin}"
-        case "morph":
-            ends = (f"\u201c{(record.get(end) or {}).get('prompt', '')}\u201d" for end in ("first", "second"))
-            return f"Morph of {' and '.join(ends)}"
+    try:
+        match record.get("kind"):
+            case "variation":
+                return f"Variation, strength {record['strength']:g}, of {_origin(record['source'])}"
+            case "inpainting":
+                return f"Some cells anew, strength {record['strength']:g}, in {_origin(record['source'])}"
+            case "morph":
+                ends = (f"\u201c{dict(record[end]).get('prompt', '')}\u201d" for end in ("first", "second"))
+                return f"Morph of {' and '.join(ends)}"
+    except (KeyError, TypeError, ValueError):  # what comes with a file can hold anything
+        pass
     return ""
+
+
+def _origin(source: Any) -> str:
+    source = dict(source)
+    return f"\u201c{source.get('prompt', '')}\u201d, seed {source.get('seed', 0)}"

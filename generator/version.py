@@ -22,3 +22,6 @@ def program_version() -> str:
         return version("gaussian-atlas")
     except PackageNotFoundError:
         return "unknown"
+
+
+VERSION = program_version()  # for pyproject.toml, which takes it from here

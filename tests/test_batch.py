@@ -160,7 +160,8 @@ def test_a_stop_while_writing_leaves_no_half_file(run, extension, fake_model, tm
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", " \n"], "the prompt is empty"),
         (["generate", "--prompt", "a chair", "--prompts", "x"], "not allowed with"),
-        (["generate", "--prompt", "a chair", "--steps", "0"], "steps must be at least 1"),
+        (["generate", "--prompt", "a chair", "--steps", "0"], "steps must be between 1 and 1000"),
+        (["generate", "--prompt", "a chair", "--steps", "5000"], "steps must be between 1 and 1000"),
         (["generate", "--prompt", "a chair", "--steps", "many"], "--steps"),
         (["generate", "--prompt", "a chair", "--seed", "-1"], "seed must be between"),
         (["generate", "--prompt", "a chair", "--guidance", "nan"], "guidance must be"),
@@ -174,6 +175,10 @@ def test_a_stop_while_writing_leaves_no_half_file(run, extension, fake_model, tm
         (["generate", "--prompt", "a chair", "--model", "{tmp}/nowhere"], "no model in"),
         (["convert", "{tmp}/missing.ply", "{tmp}/out.ply"], "does not exist"),
         (["convert", "{tmp}/ring.ply", "{tmp}/out.fbx"], "splat files end in"),
+        (["convert", "{tmp}/ring.ply", "{tmp}/out.glb", "--resolution", "20000"], "at least 8 and at most 512"),
+        (["convert", "{tmp}/ring.ply", "{tmp}/out.glb", "--resolution", "7"], "at least 8"),
+        (["convert", "{tmp}/ring.ply", "{tmp}/out.glb", "--faces", "-5"], "at least 0"),
+        (["convert", "{tmp}/ring.ply", "{tmp}/out.glb", "--faces", "few"], "--faces"),
         (["render", "{tmp}/missing.ply", "{tmp}/out.png"], "does not exist"),
         (["render", "{tmp}/ring.ply", "{tmp}/out.jpg"], "renders are PNG files"),
         (["render", "{tmp}/ring.ply", "{tmp}/nowhere/out.png"], "does not exist; make it first"),
@@ -191,6 +196,30 @@ def test_bad_usage_is_one_line_and_status_2(extension, fake_model, torus, tmp_pa
     assert status == 2 and output == ""
     assert message in errors and len(errors.strip().splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before, "nothing is written"
+
+
+def test_steps_and_guidance_are_the_models_unless_given(run, fake_model, tmp_path):
+    defaults = {"num_inference_steps": 3, "guidance_scale": 1.5}
+    (fake_model.folder / "bundle.json").write_text(json.dumps({"name": "fake", "defaults": defaults}))
+    command = ("generate", "--prompt", "a chair", "--no-render", "--out", tmp_path / "out")
+    assert run(*command)[0] == run(*command, "--steps", 2, "--guidance", 4.0)[0] == 0
+    called = [(call["num_inference_steps"], call["guidance_scale"]) for call in fake_model.pipeline.calls]
+    assert called == [(3, 1.5), (2, 4.0)] and [record["steps"] for record in records(tmp_path / "out")] == [3, 2]
+
+
+def test_what_nobody_expected_is_one_line_and_status_1(run, extension, torus, tmp_path, monkeypatch):
+    extension("generator.formats").save(torus(5), tmp_path / "ring.ply")
+
+    def fail(*_):
+        raise RuntimeError("not enough\nroom")
+
+    monkeypatch.setattr(extension("blender_addon.mesh"), "prepare", fail)
+    status, _, errors = run("convert", tmp_path / "ring.ply", tmp_path / "ring.glb")
+    assert status == 1 and errors == "gaussian_atlas: RuntimeError: not enough room (GAUSSIAN_ATLAS_TRACEBACK=1 shows where)\n"
+    assert not (tmp_path / "ring.glb").exists()
+    monkeypatch.setenv("GAUSSIAN_ATLAS_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="room"):
+        run("convert", tmp_path / "ring.ply", tmp_path / "ring.glb")
 
 
 def test_help_is_no_error(extension, capfd):

@@ -10,7 +10,7 @@ import pytest
 
 from generator.errors import InputError
 from tests.test_judge import ellipsoid
-from trainer.__main__ import main
+from trainer.__main__ import COMMANDS, main
 from trainer.evaluate.blind import count, text, wilson, write_page
 from trainer.evaluate.made import Made
 from trainer.evaluate.prompts import own_prompts
@@ -93,6 +93,56 @@ def test_votes_of_another_page_or_kind_are_refused(page, tmp_path, capsys):
         count(other, [other])
     assert main(["votes", str(page / "key.json"), str(tmp_path / "missing.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "votes",
+    [
+        5,
+        None,
+        {},
+        [1],
+        [[]],
+        [{"pair": True, "choice": "left"}],
+        [{"pair": 0}],
+        [{"pair": 0, "choice": ["left"]}],
+        [{"pair": 0.0, "choice": "left"}],
+    ],
+)
+def test_votes_of_a_wrong_shape_are_one_line(page, tmp_path, votes):
+    path = tmp_path / "votes.json"
+    path.write_text(json.dumps({"page": json.loads((page / "key.json").read_text())["page"], "voter": "x", "votes": votes}))
+    with pytest.raises(InputError, match="votes.json holds (a vote that the page cannot give|no list of votes)"):
+        count(page / "key.json", [path])
+
+
+def test_keys_and_votes_that_are_none_are_one_line(page, tmp_path):
+    path = tmp_path / "votes.json"
+    for content in ("[" * 100_000, "[1]", "{"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="votes.json: "):
+            count(page / "key.json", [path])
+    key = json.loads((page / "key.json").read_text())
+    for changes in ({"page": None}, {"methods": ["a"]}, {"left": [5] * 7}, {"left": ["0"] * 7}):
+        path.write_text(json.dumps({name: value for name, value in (key | changes).items() if value is not None}))
+        with pytest.raises(InputError, match="votes.json is no key"):
+            count(path, [vote(page, "x", {0: "same"})])
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    missing = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["blind", *missing, "--output", str(tmp_path / "taken")]) == 2
+    assert main(["evaluate", missing[0], "--output", str(tmp_path / "taken" / "below")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("cannot write in" in line and "taken" in line for line in lines)
+
+    def full(*_) -> int:
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setitem(COMMANDS, "votes", (full, ""))
+    assert main(["votes"]) == 1
+    assert capsys.readouterr().err == f"trainer: error: {tmp_path / 'x'}: No space left on device\n"
 
 
 def test_methods_need_a_prompt_in_common(tmp_path):

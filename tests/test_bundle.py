@@ -233,6 +233,33 @@ def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
         load_bundle(bundle)
 
 
+def test_names_that_no_file_can_have_are_missing_files(bundle: Path) -> None:
+    text = (bundle / "bundle.json").read_text()
+    for name in ("a\0b.json", f"{'x' * 300}.json"):
+        info = json.loads(text)
+        info["files"][name] = {"size": 1, "sha256": "0"}
+        (bundle / "bundle.json").write_text(json.dumps(info))
+        with pytest.raises(InputError, match="is missing") as error:
+            load_bundle(bundle)
+        one_line(error)
+    for source in ("x" * 300, f"{'x' * 5000}/y"):
+        with pytest.raises(InputError):
+            load_bundle(find_bundle(source, allow_download=False))
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "atlas/channels.json", "text_encoder/config.json", "unet/config.json"])
+def test_json_that_is_nested_too_deeply(bundle: Path, name: str) -> None:
+    assert (bundle / name).is_file()
+    (bundle / name).write_text("[" * 200_000)
+    info = json.loads((bundle / "bundle.json").read_text()) if name != "bundle.json" else None
+    if info:
+        info["files"][name]["size"] = 200_000
+        (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError) as error:
+        load_bundle(bundle, verify=False)
+    one_line(error)
+
+
 def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
     write_tiny_bundle(tmp_path / "a")
     bundle = load_bundle(tmp_path / "a")

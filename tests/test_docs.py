@@ -219,7 +219,7 @@ def understood(parse, recorded, monkeypatch, capsys, extension):
         elif words[1] == "pip":
             assert words[2] in ("install", "uninstall")
         else:
-            assert words[1] in ("pytest", "ruff")
+            assert words[1] in ("pytest", "ruff", "mypy")
 
     def understood(words: list[str]) -> None:
         if words[0] in PYTHONS:

@@ -286,7 +286,7 @@ def test_the_command_writes_the_same_in_table_and_json(gaussians, atlas, tmp_pat
 
 def test_shards_are_summed_up_and_the_worst_are_named(gaussians, atlas, tmp_path, capsys):
     wrong = pack(gaussians[wrong_orders(gaussians)["plane inverted"]], LAYOUT)
-    samples = [(f"good-{number}", atlas, {"object": f"good-{number}"}) for number in range(8)] + [("bad", wrong, {"object": "bad"})]
+    samples = [(f"good-{number}", atlas, {"captions": ["a table"]}) for number in range(8)] + [("bad", wrong, {"captions": ["a table"]})]
     write_shards(samples, tmp_path / "shards")
     status, out, _ = run(capsys, tmp_path / "shards", "--json", tmp_path / "f.json", "--picture", tmp_path / "f.png")
     assert status == 1 and "9 atlases, 1 must not be trained on" in out and "bad: cells are not neighbours" in out
@@ -302,7 +302,8 @@ def test_shards_are_summed_up_and_the_worst_are_named(gaussians, atlas, tmp_path
 def test_one_shard_and_its_repainted_variants(gaussians, atlas, tmp_path, capsys):
     """A variant is another object to look at: the views of its original do not judge it."""
     red = pack(from_atlas(atlas, LAYOUT).replace(colors=torch.tensor([[1.0, 0, 0]]).repeat(LAYOUT.count, 1)), LAYOUT)
-    (shard,) = write_shards([("table", atlas, {"object": "table"}), ("table-red", red, {"object": "table"})], tmp_path)
+    record = {"object": "table", "captions": ["a table"]}
+    (shard,) = write_shards([("table", atlas, record), ("table-red", red, record)], tmp_path)
     views_of(gaussians).save(tmp_path / "table.npz")
     status, out, _ = run(capsys, shard, "--views", tmp_path, "--json", tmp_path / "f.json")
     assert status == 0 and out.count(": healthy") == 2

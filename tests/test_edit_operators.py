@@ -63,6 +63,15 @@ def choose(bpy, object, mask):
     attribute.data.foreach_set("value", mask)
 
 
+def spoil(path, count, row):
+    """Put NaN into one row of a binary .ply of that many."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"end_header\n") + len(b"end_header\n")
+    begin = start + row * ((len(content) - start) // count)
+    content[begin : begin + 4] = np.float32("nan").tobytes()
+    path.write_bytes(content)
+
+
 # Objects know their cells
 
 
@@ -182,6 +191,19 @@ def test_provenance_of_an_edit_travels_in_a_file(bpy, model, lamp, extension, tm
     assert read.prompt == "a lamp" and read.edit == "" and read.layout_id == ""
 
 
+@pytest.mark.parametrize(("count", "bad", "numbered"), [(16, None, True), (16, 0, False), (17, 0, False), (15, None, False)])
+def test_cells_are_told_by_rows_only_where_the_file_holds_a_whole_atlas(bpy, extension, torus, tmp_path, count, bad, numbered):
+    path = tmp_path / "atlas.ply"
+    provenance = extension("blender_addon.generation").Provenance("a ring", "", 0, 20, 2.0, "m", "0", "1", layout_id="some")
+    extension("generator.formats").save(torus(count), path, metadata=provenance.as_metadata())
+    if bad is not None:
+        spoil(path, count, bad)
+    assert bpy.ops.gaussian_atlas.import_splats(filepath=str(path)) == {"FINISHED"}
+    object = bpy.context.active_object
+    assert object.gaussian_atlas.prompt == "a ring" and len(object.data.points) == count - (bad is not None)
+    assert (extension("blender_addon.splat_object.cells").stored(object) is not None) is numbered
+
+
 # In-painting
 
 
@@ -280,6 +302,29 @@ def test_what_cannot_be_edited_says_why(bpy, model, lamp, extension, torus):
     bpy.context.view_layer.objects.active = loose
     for operator in (bpy.ops.gaussian_atlas.vary, bpy.ops.gaussian_atlas.inpaint, bpy.ops.gaussian_atlas.morph):
         assert not operator.poll()
+
+
+def test_a_linked_object_is_varied_but_not_changed(bpy, model, lamp, extension, tmp_path):
+    name = lamp.name
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "lamp.blend"))
+    bpy.ops.wm.read_homefile(use_empty=True, use_factory_startup=True)
+    with bpy.data.libraries.load(str(tmp_path / "lamp.blend"), link=True) as (_, here):
+        here.objects = [name]
+    (linked,) = here.objects
+    mine = bpy.data.objects.new("mine", linked.data)  # the object is this file's, its splats are not
+    properties = extension("blender_addon.properties")
+    properties.store_provenance(mine, properties.stored_provenance(linked))
+    for object in (linked, mine):
+        bpy.context.scene.collection.objects.link(object)
+        bpy.context.view_layer.objects.active = object
+        assert not bpy.ops.gaussian_atlas.inpaint.poll()
+        assert bpy.ops.gaussian_atlas.vary(strength=0.1, seed=1, count=1) == {"FINISHED"}
+        assert bpy.context.active_object.library is None and bpy.context.active_object != object
+    copy = mine.copy()
+    copy.data = linked.data.copy()
+    bpy.context.scene.collection.objects.link(copy)
+    bpy.context.view_layer.objects.active = copy
+    assert bpy.ops.gaussian_atlas.inpaint.poll()
 
 
 def test_an_object_of_another_model_is_refused(bpy, model, lamp, extension):

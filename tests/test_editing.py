@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -361,9 +362,13 @@ def test_edits_from_the_command_line(tmp_path: Path, tiny: Path, capsys: pytest.
     assert describe(load_metadata(again)["edit"]) == "Variation, strength 0, of \u201ca red car\u201d, seed 7"
 
     save(before, tmp_path / "plain.ply")
+    save(before, tmp_path / "width.ply", metadata | {"low_pass": "abc"})
+    save(before[1:], tmp_path / "cut.ply", metadata)  # as a conversion leaves an atlas with a row that is not finite
     for arguments, message in (
         (("--strength", 0.5), "need --init"),
         (("--init", tmp_path / "plain.ply"), "does not say which cells"),
+        (("--init", tmp_path / "cut.ply"), f"holds {COUNT - 1} usable Gaussians where its atlas has {COUNT} cells"),
+        (("--init", tmp_path / "width.ply"), 'its low_pass is not a number of at least 0 but "abc"'),
         (("--init", tmp_path / "no.ply"), "does not exist"),
         (("--init", lamp, "--strength", 1.5), "--strength must be"),
         (("--init", lamp, "--box", 9, 9, 9, 10, 10, 10), "--box holds none"),
@@ -404,3 +409,20 @@ def test_a_record_is_unpacked_no_further_than_an_atlas_goes(size: int) -> None:
         assert parse_edit(record(zipped))[2].tolist() == [2**20 - 1]
     with pytest.raises(InputError, match="damaged"):
         parse_edit(record(zipped[:-1]))
+
+
+def test_a_record_is_described_or_nothing_is_said() -> None:
+    lamp, car = {"prompt": "a lamp", "seed": 3}, {"prompt": "a car"}
+    assert describe(of_edit(lamp, 0.25)) == "Variation, strength 0.25, of \u201ca lamp\u201d, seed 3"
+    assert describe(of_edit(lamp, 1.0, np.arange(3))) == "Some cells anew, strength 1, in \u201ca lamp\u201d, seed 3"
+    assert describe(of_morph(lamp, car)) == "Morph of \u201ca lamp\u201d and \u201ca car\u201d"
+    for kind, damage in (
+        ("variation", {"strength": 0.5, "source": "x"}),
+        ("variation", {"strength": "x", "source": {}}),
+        ("inpainting", {"strength": [1], "source": {}}),
+        ("inpainting", {"source": {}}),
+        ("morph", {"first": "x", "second": {}}),
+        ("morph", {"first": {}, "second": 7}),
+        (["variation"], {}),
+    ):
+        assert describe(json.dumps({"kind": kind, **damage})) == ""

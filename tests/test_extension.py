@@ -91,7 +91,7 @@ def test_the_wheels_are_listed_fit_one_blender_and_leave_blenders_own_alone(arch
 
 
 def test_one_version_everywhere(manifest):
-    assert manifest["version"] == extension.read_manifest()["version"] == extension.read_project()["project"]["version"]
+    assert manifest["version"] == extension.read_manifest()["version"]
 
 
 def test_a_second_build_of_the_same_tree_keeps_the_zip(archive):
@@ -103,7 +103,6 @@ def test_a_second_build_of_the_same_tree_keeps_the_zip(archive):
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ('version = "0.1.0"', 'version = "0.2.0"', "pyproject.toml"),
         ('schema_version = "1.0.0"', 'schema_version = "one"', "schema_version"),
         ('offline"', 'offline."', "tagline"),
     ],
@@ -112,7 +111,6 @@ def test_a_wrong_manifest_is_refused_with_its_reason(tmp_path, old, new, reason)
     text = (ROOT / extension.MANIFEST).read_text(encoding="utf-8")
     assert old in text
     (tmp_path / extension.MANIFEST).write_text(text.replace(old, new, 1))
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     with pytest.raises(extension.ExtensionError, match=reason):
         extension.validate(tmp_path)
 
@@ -321,7 +319,7 @@ def project(tmp_path, monkeypatch):
             entry: "text\n" * 50 for entry in ("__init__.py", "LICENSE", "README.md", "generator/a.py", "generator/b.py", "generator/B.py")
         }
         files |= {"blender_addon/__init__.py": "", "models/starter/bundle.json": "{}", "generator/__pycache__/a.pyc": name}
-        files |= {extension.MANIFEST: manifest.replace("0.1.0", version), "pyproject.toml": f'[project]\nversion = "{version}"\n'}
+        files |= {extension.MANIFEST: manifest.replace("0.1.0", version)}
         for entry in sorted(files, reverse=backwards):
             (root / entry).parent.mkdir(parents=True, exist_ok=True)
             (root / entry).write_text(files[entry])

@@ -227,7 +227,7 @@ def test_an_object_goes_from_its_mesh_to_its_atlas_in_one_task(tmp_path, capsys)
     from trainer import stages
     from trainer.dataset import read_shards
     from trainer.presets import PRESETS
-    from trainer.views import ViewSettings
+    from trainer.views import Views, ViewSettings, deselected
 
     meshes, run = tmp_path / "meshes", tmp_path / "runs" / "farm"
     meshes.mkdir()
@@ -269,6 +269,18 @@ def test_an_object_goes_from_its_mesh_to_its_atlas_in_one_task(tmp_path, capsys)
     assert {line["id"]: set(line["seconds"]) for line in lines if line["status"] == "ok"} == dict.fromkeys(
         ("plank", "tower"), {"fit", "atlas"}
     )
+    # What is not chosen any more is not learned, though it is all there.
+    capsys.readouterr()
+    stages.farm(replace(preset, fit=replace(preset.fit, steps=5), exclude="tower"), run)
+    assert "farm: 1 objects of earlier runs are left out" in capsys.readouterr().out
+    assert {sample.id for sample, _ in read_shards(run / "shards")} == {"plank"} and deselected(run / "views") == {"tower"}
+    # Damaged views cost one run, and the next renders them again.
+    (run / "views" / "plank.npz").write_bytes(b"damaged")
+    again = replace(preset, fit=replace(preset.fit, steps=6), exclude="tower|ghost")
+    with pytest.raises(WorkError, match="not a file of views"):
+        stages.farm(again, run)
+    stages.farm(again, run)
+    assert len(Views.load(run / "views" / "plank.npz")) == 5
 
 
 def _files(name: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -164,9 +165,70 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
     newest = checkpoints(tmp_path)[-1]
     with pytest.raises(InputError, match="batch_size"):
         Trainer(FinetuneConfig(**{**vars(CONFIG), "batch_size": 5}), data(), tmp_path).resume()
+    for state in ("", "[1]", "{}", '{"step": 1, "config": 3}', "[" * 100_000):
+        (tmp_path / "bad" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bad" / "checkpoint-1" / "state.json").write_text(state)
+        with pytest.raises(InputError, match="checkpoint-1 is damaged"):
+            Trainer(CONFIG, data(), tmp_path / "bad").resume()
     (newest / "ema.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="damaged"):
+        trained_unet(CONFIG, newest, 12)
+    with pytest.raises(InputError, match="damaged"):
         Trainer(CONFIG, data(), tmp_path).resume()
+
+
+@pytest.mark.parametrize(
+    "changes,difference",
+    [
+        ({"prediction_type": "sample"}, "with prediction_type 'v_prediction', not 'sample'"),
+        ({"shift": 3.0}, "with shift 1.0, not 3.0"),
+        ({"fold": 2}, "with fold 1, not 2"),
+        ({"unet": {**UNET, "attention_head_dim": 16}}, "with unet.attention_head_dim 8, not 16:"),
+    ],
+)
+def test_a_network_is_read_with_the_settings_that_it_was_trained_with(tmp_path, changes, difference):
+    trainer = Trainer(CONFIG, data(), tmp_path)
+    trainer.train_step()
+    checkpoint = trainer.save()
+    for read in (
+        lambda: trained_unet(replace(CONFIG, **changes), checkpoint, 12),
+        Trainer(replace(CONFIG, **changes), data(), tmp_path).resume,
+    ):
+        with pytest.raises(InputError, match=difference) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    # How it was trained may be left unsaid.
+    trained_unet(replace(CONFIG, max_steps=1, learning_rate=1.0, batch_size=8), checkpoint, 12)
+
+
+def test_a_network_goes_on_only_with_the_statistics_that_it_was_trained_with(tmp_path):
+    from tests.test_prior import random_prior  # which imports this module
+
+    held = decoded_data()
+    held = replace(held, prior=random_prior(32, held.decoding.layout.id))
+    trainer = Trainer(CONFIG, held, tmp_path)
+    trainer.train_step()
+    checkpoint = trainer.save()
+    assert Trainer(CONFIG, held, tmp_path).resume()
+    decoding = held.decoding
+    shifted = replace(decoding.normalization, mean=decoding.normalization.mean + 1e-3)
+    for other, name in (
+        (replace(held, decoding=replace(decoding, normalization=shifted)), "normalization"),
+        (replace(held, decoding=replace(decoding, layout=AtlasLayout.load_default(32, "equal_area"))), "layout"),
+        (replace(held, decoding=replace(decoding, channels=replace(ChannelSpec(), min_scale=3e-5))), "specification of channels"),
+        (replace(held, prior=random_prior(32, "another")), "prior"),
+    ):
+        for read in (
+            Trainer(CONFIG, other, tmp_path).resume,
+            lambda other=other: trained_unet(CONFIG, checkpoint, 12, statistics=other.statistics),
+        ):
+            with pytest.raises(InputError, match=f"was trained with another {name}: train anew .* or restore"):
+                read()
+    # A checkpoint from before they were kept.
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["statistics"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert Trainer(CONFIG, replace(held, prior=None), tmp_path).resume()
 
 
 @pytest.mark.parametrize("limit", [100, 2000, 20_000])
@@ -348,6 +410,9 @@ def test_bad_settings_are_named(tmp_path):
         ({"mixed_precision": "fp8"}, "mixed_precision"),
         ({"text_dropout": 1.0}, "text_dropout"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"fold": 0}, "fold must be at least 1"),
     ):
         with pytest.raises(InputError, match=message):
             FinetuneConfig(**changes)

@@ -94,6 +94,9 @@ def test_provenance_survives_in_a_ply_only(tmp_path: Path) -> None:
         save(random_gaussians(3), tmp_path / f"a{suffix}", metadata=metadata)
     assert load_metadata(tmp_path / "a.ply") == metadata
     assert load_metadata(tmp_path / "a.spz") is None
+    deep = (tmp_path / "a.ply").read_bytes().replace(b'"prompt": ', b'"prompt": ' + b"[" * 10_000, 1)
+    (tmp_path / "deep.ply").write_bytes(deep)
+    assert load_metadata(tmp_path / "deep.ply") is None
     save(random_gaussians(3), tmp_path / "b.ply")
     assert load_metadata(tmp_path / "b.ply") is None
     with pytest.raises(InputError, match="metadata"):
@@ -525,7 +528,7 @@ def test_the_records_of_an_spz_are_walked_once() -> None:
             return found
 
     records = Counted(struct.pack("<II", 0xADBE0002, 0) * 1000 + struct.pack("<III", 0xADBE0003, 4, 7))
-    assert spz._stated_axes(Path("a.spz"), records) == (-1, 1, -1)
+    assert spz._stated_axes(Path("a.spz"), records) == 7
     assert Counted.copied <= len(records)
 
 
@@ -539,10 +542,10 @@ def test_spz_of_version_4_may_state_other_axes(tmp_path: Path) -> None:
     (tmp_path / "stated.spz").write_bytes(stated)
     held = load(tmp_path / "stated.spz")
     torch.testing.assert_close(held.means, ball.means * torch.tensor([-1.0, 1, -1]), atol=1e-4, rtol=0)
-    swapped = stated.replace(struct.pack("<III", 0xADBE0003, 4, 7), struct.pack("<III", 0xADBE0003, 4, 12))
-    (tmp_path / "swapped.spz").write_bytes(swapped)
-    with pytest.raises(InputError, match="swap Y and Z"):
-        load(tmp_path / "swapped.spz")
+    unknown = stated.replace(struct.pack("<III", 0xADBE0003, 4, 7), struct.pack("<III", 0xADBE0003, 4, 17))
+    (tmp_path / "unknown.spz").write_bytes(unknown)
+    with pytest.raises(InputError, match="are not known"):
+        load(tmp_path / "unknown.spz")
 
 
 def test_colour_that_depends_on_the_view_is_left_out_with_a_warning(tmp_path: Path) -> None:

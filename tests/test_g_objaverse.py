@@ -146,7 +146,16 @@ def test_bad_folders_are_one_line(tmp_path):
         camera.write_text(json.dumps(content))
         with pytest.raises(InputError, match=words):
             read_views(folder, "a", SIDE)
+    camera.write_text("[" * 200_000)
+    with pytest.raises(InputError, match="not a camera"):
+        read_views(folder, "a", SIDE)
     camera.write_text(json.dumps(entry))
+    picture = folder / "00000" / "00000.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole.replace(b"IDAT", b")\x08\x95\x1b", 1))
+    with pytest.raises(InputError, match="not a readable picture"):
+        read_views(folder, "a", SIDE)
+    picture.write_bytes(whole)
     (folder / "00000" / "00000_nd.exr").write_bytes(b"no depth")
     with pytest.raises(InputError, match="no depth"):
         read_views(folder, "a", SIDE)

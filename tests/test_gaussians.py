@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from generator.errors import InputError
-from generator.gaussians import Gaussians, concatenate, quaternions_to_matrices
+from generator.gaussians import Gaussians, concatenate, matrices_to_quaternions, quaternions_to_matrices
 
 
 def some(count: int = 5) -> Gaussians:
@@ -47,6 +47,15 @@ def test_rotation_matrices_are_rotations_and_turn_as_the_quaternion_says():
     quarter_about_z = torch.tensor([0.5**0.5, 0.0, 0.0, 0.5**0.5])
     turned = quaternions_to_matrices(quarter_about_z) @ torch.tensor([1.0, 0.0, 0.0])
     torch.testing.assert_close(turned, torch.tensor([0.0, 1.0, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_quaternions_of_matrices_are_the_rotations_again():
+    # Among them each half turn, where three of the four components are 0, and near ones.
+    half_turns = torch.eye(4) + 1e-4 * torch.tensor([[0.0], [0.0], [0.0], [1.0]])
+    quaternions = torch.nn.functional.normalize(torch.cat([some(200).quaternions, torch.eye(4), half_turns]).double(), dim=1)
+    again = matrices_to_quaternions(quaternions_to_matrices(quaternions))
+    sign = (again * quaternions).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(sign * again, quaternions, atol=1e-9, rtol=0)
 
 
 def test_selection_and_finite_mask():

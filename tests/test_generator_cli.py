@@ -169,6 +169,15 @@ def test_info_on_a_file(capsys: pytest.CaptureFixture) -> None:
     assert any(line.split() == ["gaussians", "10"] for line in lines) and any("a lämp" in line for line in lines)
 
 
+def test_info_gives_no_orders_to_the_terminal(capsys: pytest.CaptureFixture) -> None:
+    metadata = {"prompt": "a \x1b]0;title\x07lämp", "deep": ["\x9b2J"], "\x1b[31m": "red", "lines": "one\ntwo"}
+    save(splats(), "in.ply", metadata=metadata)
+    assert main(["info", "in.ply"]) == 0
+    output = capsys.readouterr().out
+    assert all(line.isprintable() for line in output.splitlines()) and r"a \u001b]0;title\u0007l\u00e4mp" in output
+    assert r"\u009b2J" in output and r'"\u001b[31m": red' in output and r"one\ntwo" in output
+
+
 def test_info_on_a_bundle(model: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["info", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

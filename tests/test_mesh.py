@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +113,126 @@ def test_the_operator_puts_the_mesh_where_the_splats_are(bpy, extension, ball):
     assert [m.name for m in bpy.data.meshes] == [made.data.name]
     bpy.context.view_layer.objects.active = made
     assert not bpy.ops.gaussian_atlas.to_mesh.poll()
+
+
+def test_the_collection_may_go_while_the_mesh_is_made(bpy, extension, mesh, ball, monkeypatch):
+    object = extension("blender_addon.splat_object").write(ball(300), "ball")
+    bpy.context.view_layer.objects.active = object
+    place = bpy.data.collections.new("place")
+    bpy.context.scene.collection.children.link(place)
+    bpy.context.view_layer.active_layer_collection = bpy.context.view_layer.layer_collection.children["place"]
+    assert bpy.ops.gaussian_atlas.to_mesh(resolution=16) == {"FINISHED"}
+    assert bpy.context.active_object.users_collection == (place,)
+    bpy.context.view_layer.objects.active = object
+    prepare = mesh.prepare
+
+    def remove(*arguments):
+        bpy.data.collections.remove(place)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(mesh, "prepare", remove)
+    assert bpy.ops.gaussian_atlas.to_mesh(resolution=16) == {"FINISHED"}
+    made = bpy.context.active_object
+    assert made.type == "MESH" and made.users_collection == (bpy.context.scene.collection,)
+
+
+def test_a_conversion_is_cancelled_at_its_next_block(bpy, extension, mesh, ball):
+    errors, gaussians = extension("generator.errors"), ball(300)
+    asked = 0
+
+    def cancelled_after(calls):
+        def check():
+            nonlocal asked
+            asked += 1
+            if asked > calls:
+                raise errors.Cancelled("stopped")
+
+        return check
+
+    mesh.prepare(gaussians, mesh.Options(resolution=32, fill=0), cancelled_after(1000))
+    sampling, asked = asked, 0
+    mesh.prepare(gaussians, mesh.Options(resolution=32), cancelled_after(1000))
+    everything = asked
+    assert 2 <= sampling < everything - 5, "blocks of the density, and parts of the filling"
+    for calls in (0, sampling, everything - 1):
+        asked = 0
+        with pytest.raises(errors.Cancelled):
+            mesh.prepare(gaussians, mesh.Options(resolution=32), cancelled_after(calls))
+        assert asked == calls + 1
+    # The operator's own work asks the event.
+    bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(gaussians, "ball")
+    operator = extension("blender_addon.operators.mesh").ToMeshOperator
+    stand = SimpleNamespace(resolution=32, threshold=0.6, fill=2, smooth=0, faces=0, keep=0.0)
+    work, cancel = operator.work(stand, bpy.context, True), threading.Event()
+    cancel.set()
+    with pytest.raises(errors.Cancelled):
+        work(lambda *_: None, cancel)
+
+
+def test_a_splat_as_large_as_its_box_is_sampled_in_slabs(extension, monkeypatch):
+    import torch
+
+    density, Gaussians = extension("generator.density"), extension("generator.gaussians").Gaussians
+    generator = torch.Generator().manual_seed(0)
+    quaternions = torch.nn.functional.normalize(torch.randn(5, 4, generator=generator), dim=1)
+    scales = torch.tensor([[0.5, 0.4, 0.3], [0.05, 0.6, 0.02], [0.03, 0.03, 0.03], [0.4, 0.4, 0.01], [0.001, 0.1, 0.1]])
+    means, colors = torch.rand(5, 3, generator=generator) - 0.5, torch.rand(5, 3, generator=generator)
+    few = Gaussians(means, quaternions, scales, torch.full((5,), 0.9), colors)
+    blocks, sizes = torch.cartesian_prod, []
+
+    def watch(*axes):
+        made = blocks(*axes)
+        sizes.append(len(made))
+        return made
+
+    monkeypatch.setattr(torch, "cartesian_prod", watch)
+    alone = density.sample(few[:1], 40)
+    assert sum(sizes) <= np.prod(alone.shape), "no block is larger than the grid"
+    whole = density.sample(few, 40)
+    sizes.clear()
+    monkeypatch.setattr(density, "_AT_ONCE", 5000)
+    slabs = density.sample(few, 40)
+    assert max(sizes) <= 5000 and len(sizes) > 10
+    for name in ("density", "colors", "weights"):
+        assert np.allclose(getattr(whole, name), getattr(slabs, name), rtol=1e-5, atol=1e-6), name
+
+
+def test_the_field_is_the_sum_of_the_splats(extension, ball):
+    """The equation, voxel by voxel: what blocks and slabs must not change."""
+    import torch
+
+    density = extension("generator.density")
+    gaussians = ball(60)
+    field = density.sample(gaussians, 12)
+    wide = density._touching(gaussians, lambda: None)
+    covariances = wide.covariances().double() / field.step**2 + 0.6**2 * torch.eye(3)
+    grid = torch.from_numpy(np.stack(np.indices(field.shape), -1).reshape(-1, 1, 3)) * 1.0
+    offset = grid - (wide.means.double() - torch.from_numpy(field.origin)) / field.step
+    distance2 = torch.einsum("gni,nij,gnj->gn", offset, torch.linalg.inv(covariances), offset)
+    alpha = torch.where(distance2 < 9, wide.opacities.double() * torch.exp(-distance2 / 2), 0.0)
+    expected = -torch.log1p(-alpha).sum(1).reshape(field.shape).numpy()
+    # A splat's block is as wide as its axes ask for, counted from the nearest voxel: at its rim a voxel may be missed.
+    assert (np.abs(field.density - expected) < 0.03).all() and np.abs(field.density - expected).mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e25])
+def test_splats_without_a_size_are_refused(extension, size):
+    import torch
+
+    one = torch.ones(1, 3)
+    Gaussians, InputError = extension("generator.gaussians").Gaussians, extension("generator.errors").InputError
+    splat = Gaussians(0.5 * one, torch.tensor([[1.0, 0, 0, 0]]), size * one, torch.ones(1), 0.5 * one)
+    with pytest.raises(InputError, match="scale the object first"):
+        extension("generator.density").sample(splat, 16)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 3])
+def test_a_mask_grows_by_a_cube(extension, radius):
+    import torch
+
+    mask = torch.rand(9, 7, 8, generator=torch.Generator().manual_seed(0)) > 0.97
+    pooled = torch.nn.functional.max_pool3d(mask[None, None].float(), 2 * radius + 1, stride=1, padding=radius)[0, 0] > 0
+    assert torch.equal(extension("generator.density")._dilated(mask, radius, lambda: None), pooled)
 
 
 def read_glb(path):

@@ -149,6 +149,13 @@ def test_a_damaged_or_hostile_model_is_refused_and_leaves_nothing(models, errors
     assert not (tmp_path / "outside.json").exists()
 
 
+@pytest.mark.parametrize("spoilt", ['{"name": "a", "files": {"b": {"size": 1e999}}}', '{"name": ' + "[" * 200_000])
+def test_a_description_that_cannot_be_read_is_named(extension, errors, tmp_path, spoilt):
+    (tmp_path / "bundle.json").write_text(spoilt)
+    with pytest.raises(errors.InputError, match="not a readable model description"):
+        extension("blender_addon.service").describe(tmp_path)
+
+
 def test_hostile_zips_are_refused(models, errors, tmp_path):
     source, place = make(tmp_path / "source"), tmp_path / "models"
     link = zipfile.ZipInfo("unet/link.json")
@@ -168,6 +175,10 @@ def test_hostile_zips_are_refused(models, errors, tmp_path):
         (tmp_path / "bad.zip").write_bytes(content)
         with pytest.raises(errors.InputError, match="zip"):
             install(models, tmp_path / "bad.zip", place)
+    # Without its first bytes, the first entry is said to begin before the archive does.
+    (tmp_path / "bad.zip").write_bytes(pack(source, tmp_path / "whole.zip").read_bytes()[10:])
+    with pytest.raises(errors.InputError, match="bad.zip is damaged"):
+        install(models, tmp_path / "bad.zip", place)
     whole = bytearray(pack(source, tmp_path / "whole.zip").read_bytes())
     whole[1500:1600] = bytes(100)
     (tmp_path / "bad.zip").write_bytes(whole)

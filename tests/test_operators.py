@@ -810,8 +810,35 @@ def test_every_stored_setting_comes_back_after_saving(bpy, extension, tmp_path):
     bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "adapted.blend"))
     bpy.ops.wm.open_mainfile(filepath=str(tmp_path / "adapted.blend"))
     scene = bpy.context.scene
-    said = [str(change) for change in settings.restore(scene)]
-    assert "Transparent bounces: 1024 to 12" in said and scene.cycles.transparent_max_bounces == 12
+    done, refused = settings.restore(scene)
+    assert "Transparent bounces: 1024 to 12" in map(str, done) and refused == [] and scene.cycles.transparent_max_bounces == 12
+
+
+def test_what_cannot_be_put_back_is_said_and_forgotten(bpy, extension, torus, capfd):
+    scene, settings = bpy.context.scene, extension("blender_addon.render_settings")
+    extension("blender_addon.splat_object").write(torus(5), "ring")
+    bpy.ops.gaussian_atlas.render_settings()
+    stored = {"view_settings.view_transform": "Filmic of My Own", "objects/ring": "wide", "objects/gone": 1.0, "render.filepath": "/"}
+    stored |= {"cycles.transparent_max_bounces": 12, "cycles.min_transparent_bounces": 10**30}
+    scene.gaussian_atlas.stored_render_settings = json.dumps(stored)
+    path = scene.render.filepath
+    done, refused = settings.restore(scene)
+    assert [change.path for change in done] == ["cycles.transparent_max_bounces"] and scene.cycles.transparent_max_bounces == 12
+    assert [line.partition(":")[0] for line in refused] == ["View transform", "Smoothing of ring", "Minimum transparent bounces"]
+    assert scene.render.filepath == path and scene.gaussian_atlas.stored_render_settings == ""
+    scene.gaussian_atlas.stored_render_settings = json.dumps({"view_settings.view_transform": "Filmic of My Own"})
+    capfd.readouterr()
+    assert bpy.ops.gaussian_atlas.render_settings(restore=True) == {"FINISHED"}
+    assert "Warning: View transform: 'Filmic of My Own' cannot be put back here" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "7", '"x"', "null"])
+def test_damaged_stored_settings_are_none(bpy, extension, text):
+    scene, settings = bpy.context.scene, extension("blender_addon.render_settings")
+    scene.gaussian_atlas.stored_render_settings = text
+    assert settings.stored_values(scene) == {}, "as the panel asks"
+    assert bpy.ops.gaussian_atlas.render_settings(restore=True) == {"FINISHED"}
+    assert scene.gaussian_atlas.stored_render_settings == ""
 
 
 def test_settings_that_already_fit_are_left_alone(bpy, extension):

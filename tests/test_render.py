@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 import torch
 
+from generator.errors import InputError
 from generator.gaussians import Gaussians
-from generator.render import Cameras, compiled, cpu, reference, render
+from generator.render import Cameras, compiled, cpu, reference, render, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = (compiled, cpu)
@@ -93,6 +95,26 @@ def test_background_shows_where_nothing_is_and_depth_is_the_distance():
     assert torch.allclose(view.rgb[0, 0, 0], torch.tensor([0.2, 0.4, 0.6]))
     assert torch.allclose(view.rgb[0, 32, 32], one.colors[0], atol=2e-3)
     assert view.depth[0, 32, 32] == pytest.approx(2.0, abs=1e-3) and view.depth[0, 0, 0] == 0
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    save_png(torch.full((2, 3, 3), 0.5), path)
+    before = path.read_bytes()
+    assert np.asarray(Image.open(path)).tolist() == [[[128] * 3] * 3] * 2
+    with pytest.raises(InputError, match="none does not exist; make it first"):
+        save_png(torch.zeros(2, 3, 3), tmp_path / "none" / "a.png")
+
+    def fail(_image, temporary, **_):
+        Path(temporary).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(torch.zeros(2, 3, 3), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_behind_the_camera_and_empty_sets_render_nothing():

@@ -12,6 +12,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import beside
 import lock
 import pytest
 import setup as environment
@@ -211,6 +212,27 @@ def test_a_failed_check_gives_its_reason_and_writes_no_stamp(project, monkeypatc
     assert not (project / ".venv" / ".stamp").exists()
 
 
+@pytest.mark.skipif(sys.version_info[:2] != environment.PYTHON, reason="environments are made by Python 3.11 alone")
+def test_a_failed_check_leaves_the_environment_beside_in_place(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("")
+    made: list[tuple] = []
+
+    def run(*command: object, what: str) -> None:
+        made.append(command)
+        if "venv" in command:
+            environment.run(*command, what=what)
+
+    monkeypatch.setattr(beside, "run", run)
+    failing = ["-c", "raise ImportError('libXi.so.6: cannot open shared object file')"]
+    with pytest.raises(environment.SetupError, match="libXi.so.6"):
+        beside.make(tmp_path, ".venv-beside", "lock", failing, "ok")
+    assert not (tmp_path / ".venv-beside" / ".stamp").exists()
+    # The next run checks again; the environment is not thrown away for what the system lacks.
+    beside.make(tmp_path, ".venv-beside", "lock", ["-c", "print('ok')"], "ok")
+    assert sum("venv" in command for command in made) == 1
+    assert (tmp_path / ".venv-beside" / ".stamp").exists()
+
+
 def test_another_python_is_refused_before_anything_is_made(project, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 13, 1, "final", 0))
     with pytest.raises(environment.SetupError, match=r"Python 3\.11 is needed .* this is 3\.13\.1"):
@@ -300,10 +322,19 @@ def test_an_empty_argument_is_one_clear_line(recorder, target, variable):
     assert f"make {target}: {variable} is empty" in result.stderr.splitlines()[0]
 
 
-def test_a_missing_python_is_one_clear_line():
-    result = make("setup", "PYTHON=/nonexistent/python3.11")
+@pytest.mark.parametrize("target", ["setup", "docs", "infinigen"])
+def test_a_missing_python_is_one_clear_line(target):
+    result = make(target, "PYTHON=/nonexistent/python3.11")
     assert result.returncode == 2
-    assert "Python 3.11 was not found" in result.stderr.splitlines()[0]
+    assert f"make {target}: Python 3.11 was not found" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(("target", "script"), [("docs", "tools/pages.py"), ("infinigen", "tools/setup_infinigen.py")])
+def test_environments_beside_are_made_by_the_python_that_makes_the_main_one(recorder, target, script):
+    program, arguments = recorder
+    assert make(target, f"PYTHON={program}").returncode == 0
+    assert arguments() == [script]
+    assert f'"python3.11" {script}' in make("--dry-run", target, "PYTHON=3.13").stdout, "that is a Python of Blender's"
 
 
 def test_help_lists_every_contract():

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import random
+import re
 import subprocess
+import tracemalloc
+import unicodedata
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from generator.errors import InputError, WorkError
+from trainer.evaluate.prompts import own_prompts
 from trainer.sources import (
     Part,
     captions,
@@ -23,6 +30,7 @@ from trainer.sources import (
     download_sweet_home_3d,
     extract,
     folder,
+    infinigen,
     objects,
     open_source,
     recoloured,
@@ -30,7 +38,9 @@ from trainer.sources import (
     with_article,
     with_colour,
 )
-from trainer.sources.obj_parts import looks, read_surfaces
+from trainer.sources.captions import head_noun
+from trainer.sources.obj_parts import looks, material_word, read_surfaces
+from trainer.sources.objects import read_entry
 from trainer.sources.sweet_home_3d import CATALOGUE, parse_properties
 
 OBJ = "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl wood\nf 1 2 3\n"
@@ -85,11 +95,51 @@ def test_a_catalogue_becomes_objects(tmp_path):
         ("long=one \\\n   two \\\r\n # three\nnext=x", {"long": "one two # three", "next": "x"}),
         ("even=a\\\\\nother=b", {"even": "a\\", "other": "b"}),
         ("empty=\nbare\n", {"empty": "", "bare": ""}),
+        ("\\\n# no comment = 1", {"#": "no comment = 1"}),
         ("\u00e9t\u00e9=\u00fc", {"été": "ü"}),
     ],
 )
 def test_java_properties(text, expected):
     assert parse_properties(text) == expected
+
+
+def test_catalogues_cannot_hang_their_reader(tmp_path):
+    """Each took minutes, or far longer, by work that grew with the square of its size."""
+    text = "long=" + "a\\\n" * 1_000_000 + "b"
+    assert parse_properties(text) == {"long": "a" * 1_000_000 + "b"}
+    assert objects.unique_slugs(["chair"] * 100_000)[-1] == "chair-100000"
+    mtl = "newmtl wood\nmap_Kd " + "x " * 30_000 + "\nmap_Kd " + "x/" * 2_000_000 + "\nmap_Kd -mm 0 1 My Wood.jpg\n"
+    source = sweet_home_3d(library(tmp_path / "test.sh3f", **{"chairs/chair.mtl": mtl}))[0]
+    assert extract(source, tmp_path / "out").with_suffix(".mtl").read_text() == "newmtl wood\nmap_Kd -mm 0 1 texture_0.jpg\n"
+
+
+def test_unique_slugs_are_numbered_in_order():
+    def slowly(texts):
+        taken = []
+        for text in texts:
+            base = objects.slug(text)
+            taken.append(next(name for number in range(1, 1000) if (name := base if number == 1 else f"{base}-{number}") not in taken))
+        return taken
+
+    chance = random.Random(0)
+    for _ in range(200):
+        texts = chance.choices(["a", "a 2", "A!", "a-2-2", "a-3", "b", "été", "ÉTÉ", "", "object 2"], k=20)
+        assert objects.unique_slugs(texts) == slowly(texts)
+
+
+def test_ids_without_latin_letters_hang_on_the_name_alone(tmp_path):
+    names = ["椅子", "桌子", "Стол", "стол 2", "chair ٣", "chair ٤", "木 chair", "ガラス"]
+    ids = objects.unique_slugs(names)
+    assert len(set(ids)) == len(names) and all(re.fullmatch(r"(object|2|chair)-[0-9a-f]{6}", name) for name in ids)
+    assert objects.unique_slugs(reversed(names)) == ids[::-1], "not on its place in the list"
+    assert objects.unique_slugs([unicodedata.normalize("NFD", "ガラス"), "椅子"]) == [ids[-1], ids[0]]
+    assert objects.unique_slugs(["椅子", "椅子"]) == [ids[0], f"{ids[0]}-2"]
+    assert objects.unique_slugs(["Frame Hôi An", "Straße Øre", "Bill 10€", "🪑"]) == ["frame-h-i-an", "stra-e-re", "bill-10", "object"]
+    _meshes(tmp_path, "椅子.obj", "桌子.obj")
+    (tmp_path / "captions.json").write_text(json.dumps({"椅子.obj": "chair", "桌子.obj": "table"}))
+    both = [source.id for source in folder(tmp_path)]
+    (tmp_path / "captions.json").write_text(json.dumps({"桌子.obj": "table"}))
+    assert [source.id for source in folder(tmp_path)] == both[1:] == [ids[1]]
 
 
 def test_extract_writes_a_clean_model(tmp_path):
@@ -136,6 +186,11 @@ def test_bad_libraries_are_named(tmp_path):
         sweet_home_3d(library(path, PROPERTIES.replace("59.4", "wide")))
     with pytest.raises(InputError, match="needs 9 numbers"):
         sweet_home_3d(library(path, PROPERTIES.replace("0 -1 0", "0 -1")))
+    numbered = PROPERTIES + "name#0003=Three\nname#\\u0664=Four\nname#" + "9" * 5000 + "=Many\n"
+    assert len(sweet_home_3d(library(path, numbered))) == 2, "no number that a catalogue counts with"
+    with pytest.raises(InputError, match="names a b, which") as caught:
+        sweet_home_3d(library(path, PROPERTIES.replace("/chairs/chair.obj", "a\\u000ab")))
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no furniture"):
         sweet_home_3d(library(path, "name=empty\n"))
 
@@ -148,6 +203,17 @@ def test_archives_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
         extract(source, tmp_path / "out")
 
 
+def test_an_entry_without_a_name_is_passed_over(tmp_path):
+    path = library(tmp_path / "test.sh3f", **{"x": "unnamed"})
+    source = sweet_home_3d(path)[0]
+    data = path.read_bytes()
+    start = data.rindex(b"PK\x01\x02")  # the last entry of the directory; its name is the one letter after 46 bytes
+    # The letter becomes the first of the comment.
+    nameless = data[: start + 28] + b"\0\0" + data[start + 30 : start + 32] + b"\1\0" + data[start + 34 :]
+    path.write_bytes(nameless)
+    assert extract(source, tmp_path / "out").is_file()
+
+
 def test_an_entry_that_claims_more_than_the_archive_holds_allocates_nothing(tmp_path):
     path = library(tmp_path / "test.sh3f")
     data = bytearray(path.read_bytes())
@@ -156,6 +222,25 @@ def test_an_entry_that_claims_more_than_the_archive_holds_allocates_nothing(tmp_
     path.write_bytes(bytes(data))
     with pytest.raises(InputError, match="not a readable zip archive .*larger than the archive"):
         sweet_home_3d(path)
+
+
+def test_an_entry_that_unpacks_to_more_than_it_states_is_unpacked_no_further(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(100 << 20))
+    data = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        start = data.rindex(mark) + place
+        data[start : start + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    with zipfile.ZipFile(path) as archive:
+        tracemalloc.start()
+        try:
+            with suppress(zipfile.BadZipFile):  # its check sum is that of the whole
+                assert read_entry(archive, archive.getinfo("a"), 1 << 20) == bytes(100)
+            assert tracemalloc.get_traced_memory()[1] < 5 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_damaged_entry_is_an_input_error(tmp_path):
@@ -195,6 +280,12 @@ def test_names_lose_brands_and_numbers():
 )
 def test_articles(noun, expected):
     assert with_article(noun) == expected
+
+
+def test_phrases_without_a_head_are_taken_as_they_are():
+    assert [head_noun(phrase) for phrase in ("a red bowl, with fruits", "", " ", ", x", " with legs")] == ["bowl", "", "", "x", "legs"]
+    assert head_noun(own_prompts(["red"])[0].noun) == "", "a colour alone names no thing"
+    assert with_article(", x") == "a , x" and captions(", x")[0] == "x"
 
 
 def test_captions_go_from_plain_to_placed():
@@ -283,6 +374,25 @@ def test_materials_and_parts_are_read_from_an_obj(tmp_path):
     path.touch()
     kept.write_text("damaged")
     assert "a wooden table" in sweet_home_3d(path)[0].captions
+    kept.unlink()
+    kept.mkdir()  # as in a folder of which nothing but reading is allowed, this file cannot be made
+    assert "a wooden table" in sweet_home_3d(path)[0].captions
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("shader_coarse_knit_fabric", "knitted fabric"),
+        ("shader_black_glass", "glass"),
+        ("shader_wood_tiled", "wood"),
+        ("shader_bark", ""),
+        ("redBricks", "brick"),
+        ("Tela_azul", "fabric"),
+        ("soaked", ""),
+    ],
+)
+def test_materials_are_called_the_same_in_every_source(name, word):
+    assert material_word(name) == word
 
 
 def test_people_and_nouns_that_say_it_themselves_get_no_parts():
@@ -343,6 +453,43 @@ def test_bad_folders_are_named(tmp_path):
         open_source(tmp_path / "data" / "broken.json")
 
 
+@pytest.mark.parametrize(
+    "name", ["a\0b.obj", "x" * 5000 + ".obj", "gone\nInputError: none.obj", "\ud800.obj", ".", "/", "\N{LINE SEPARATOR}.obj"]
+)
+def test_names_that_no_file_can_have_are_one_line(tmp_path, name):
+    captions_file = tmp_path / "captions.json"
+    captions_file.write_text(json.dumps({name: "a chair"}))
+    with pytest.raises(InputError, match=r"captions\.json: ") as caught:
+        open_source(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_source_by_an_endless_name_is_none(tmp_path):
+    for spec in ("x" * 5000, "infinigen:" + "x" * 5000, "/".join(["x" * 300] * 2)):
+        with pytest.raises(InputError):
+            open_source(spec, tmp_path)
+
+
+def test_quoted_captions_keep_their_line_ends_apart(tmp_path):
+    _meshes(tmp_path, "a.obj", "b.obj")
+    text = 'file,caption,creator\na.obj,"a red\nchair","Zoe, Maker"\n\nb.obj,a next\u0085line\u2028lamp,Ann\n'
+    (tmp_path / "captions.csv").write_bytes(text.replace("\n", "\r\n").encode())
+    chair, lamp = folder(tmp_path)
+    assert (chair.captions, chair.creator) == (["a red chair"], "Zoe, Maker")
+    assert (lamp.captions, lamp.creator) == (["a next line lamp"], "Ann")
+    lines = [json.dumps({"file": name, "caption": f"a\u2028{name}\u0085x"}, ensure_ascii=False) for name in ("a.obj", "b.obj")]
+    (tmp_path / "captions.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert [s.captions for s in folder(tmp_path, tmp_path / "captions.jsonl")] == [["a a.obj x"], ["a b.obj x"]]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_captions_that_are_nested_too_deeply_are_one_line(tmp_path, kind):
+    path = tmp_path / f"captions.{kind}"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(InputError, match=rf"captions\.{kind}: not readable as JSON"):
+        open_source(tmp_path)
+
+
 def test_open_source_picks_by_what_the_path_is(tmp_path):
     library(tmp_path / "b.sh3f", PROPERTIES.replace("Test", "B"))
     library(tmp_path / "a.sh3f", PROPERTIES.replace("Test", "A"))
@@ -385,6 +532,14 @@ def _fake_package(monkeypatch, tmp_path, fill):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(download.subprocess, "run", run)
+
+
+def test_cleaning_up_keeps_what_was_fetched():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    removed = re.search(r"^clean:.*\n\t@rm -rf (.*)", makefile, re.MULTILINE)[1].split()
+    for function in (open_source, download_sweet_home_3d, infinigen):
+        cache = inspect.signature(function).parameters["cache"].default
+        assert Path(cache).parts[0] == "runs" and not {"runs", cache} & set(removed)
 
 
 def test_the_download_checks_what_it_got(tmp_path, monkeypatch):

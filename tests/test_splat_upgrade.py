@@ -102,6 +102,17 @@ def test_other_node_groups_are_none_of_ours(bpy, modules):
     assert modules.node_group.version(bpy.data.node_groups.new("Gaussian Splats", "ShaderNodeTree")) == 0
 
 
+@pytest.mark.parametrize("number", ["two", "", [2], 2.5])
+def test_a_version_that_is_no_number_is_none_of_ours(bpy, modules, torus, number):
+    object = modules.object.write(torus(30), "new")
+    group = modules.node_group.modifier_of(object).node_group
+    group["gaussian_splats_version"] = number
+    assert modules.node_group.version(group) == 0 and modules.node_group.modifier_of(object) is None
+    assert modules.upgrade.upgrade() == []
+    modules.node_group.attach(object)
+    assert modules.node_group.modifier_of(object).node_group != group
+
+
 def test_a_file_becomes_native_where_blender_draws_splats(bpy, modules, torus, monkeypatch):
     """The step that Blender 5.3 takes, with a stand-in for its point cloud's type, which no earlier one has."""
     if "FLOAT4" not in bpy.types.Attribute.bl_rna.properties["data_type"].enum_items:

@@ -17,19 +17,23 @@ import torch
 
 from generator.atlas import Atlas, AtlasLayout, NormalizationAccumulator, from_atlas
 from generator.coverage import close_gaps
-from generator.errors import InputError
+from generator.errors import InputError, WorkError
+from generator.formats import save
 from generator.gaussians import Gaussians
 from generator.model.pipeline import GaussianAtlasPipeline
 from generator.model.text import TextEncoder
 from tests import tiny_bundle
+from tests.sphere import sphere_views
 from tests.test_prior import random_prior
-from trainer import stages
+from trainer import stages, views
+from trainer.__main__ import main
 from trainer.atlas import to_atlas
 from trainer.captions import dominant_colour, from_oklab, recolour, to_oklab
 from trainer.dataset import read_shards, write_shards
 from trainer.presets import PRESETS, following_base
 from trainer.sources import SourceObject, with_article
 from trainer.training_data import from_shards
+from trainer.views import add_records, deselected, read_records, select_records
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,6 +182,16 @@ def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_pat
     preset = replace(preset, regression=True, regression_variety=0.0)
     for stage in (stages.stats, stages.finetune, stages.pack):
         stage(preset, own)
+    # Neither other settings nor statistics made anew under the network become a bundle that draws noise.
+    for other, message in (({"shift": 1.0}, "was trained with shift 3.0, not 1.0"), ({"fold": 1}, "was trained with fold 2, not 1")):
+        with pytest.raises(InputError, match=message):
+            stages.pack(replace(preset, finetune=replace(preset.finetune, **other)), own)
+    before = (own / "normalization.safetensors").read_bytes()
+    stages.stats(replace(preset, relearn=True, normalization="channel"), own)
+    with pytest.raises(InputError, match="was trained with another normalization, prior"):
+        stages.pack(preset, own)
+    (own / "normalization.safetensors").write_bytes(before)
+    stages.stats(preset, own)
     pipeline = GaussianAtlasPipeline.from_pretrained(own / "bundle", device="cpu")
     assert pipeline("a plank", num_inference_steps=2).gaussians[0].finite().all()
     data = stages.training_data(preset, own)
@@ -193,7 +207,6 @@ def test_a_prior_is_taken_from_the_atlases_and_goes_with_the_bundle(run, tmp_pat
     assert further.finetune.prior and torch.equal(
         stages.training_data(further, tmp_path / "further").prior.covariance, data.prior.covariance
     )
-
 
     assert further.regression and further.regression_variety == 0
     # What is said on the command line goes before what the base has.
@@ -219,6 +232,112 @@ def test_stages_that_come_too_early_say_what_to_run(tmp_path):
         result = trainer(stage, "--preset", "tiny", "--runs", str(tmp_path))
         assert result.returncode == 2 and f"python -m trainer {missing}" in result.stderr, result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def fits(run: Path, *names: str, psnr: float | None = 30.0) -> None:
+    """What views and fits of some objects leave, without the pixels."""
+    identity = torch.tensor([[1.0, 0, 0, 0]]).repeat(50, 1)
+    for seed, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed)
+        means, colors = torch.rand(50, 3, generator=generator) - 0.5, torch.rand(50, 3, generator=generator)
+        (run / "fits").mkdir(parents=True, exist_ok=True)
+        save(Gaussians(means, identity, torch.full((50, 3), 0.02), torch.ones(50), colors), run / "fits" / f"{name}.ply")
+        (run / "fits" / f"{name}.json").write_text(json.dumps({"psnr": psnr}))
+    (run / "views").mkdir(exist_ok=True)
+    add_records(run / "views", [{"id": name, "captions": [f"a {name}"]} for name in names])
+    for name in names:
+        (run / "views" / f"{name}.npz").write_bytes(b"damaged")
+
+
+def test_objects_that_are_not_chosen_any_more_are_not_learned(tmp_path, capsys):
+    preset = replace(PRESETS["tiny"], recolour=0, workers=1)
+    fits(tmp_path, "chair", "lamp", "car")
+    # As they are where they were rendered here.
+    records = [{key: value for key, value in record.items() if key != "imported"} for record in read_records(tmp_path / "views")]
+    views._write_records(tmp_path / "views", records)
+    select_records(tmp_path / "views", ["chair", "car"])
+    stages.atlas(preset, tmp_path)
+    assert "atlas: 1 objects of earlier runs are left out" in capsys.readouterr().out
+    assert {sample.id for sample, _ in read_shards(tmp_path / "shards")} == {"chair", "car"}
+    assert not any({"selected", "imported"} & set(sample.record) for sample, _ in read_shards(tmp_path / "shards"))
+    # What others have rendered or fitted no source chooses.
+    add_records(tmp_path / "views", [{"id": "lamp", "captions": ["a lamp"]}])
+    select_records(tmp_path / "views", ["car"])
+    stages.atlas(preset, tmp_path)
+    assert {sample.id for sample, _ in read_shards(tmp_path / "shards")} == {"lamp", "car"}
+    select_records(tmp_path / "views", [])
+    (tmp_path / "fits" / "lamp.ply").unlink()
+    with pytest.raises(InputError, match="objects that are chosen now: run `python -m trainer fit` first"):
+        stages.atlas(preset, tmp_path)
+
+
+def test_the_views_stage_notes_what_it_chose(tmp_path, monkeypatch):
+    objects = [SourceObject(id=name, name=name, path=tmp_path, captions=[name]) for name in ("chair", "lamp")]
+    monkeypatch.setattr(stages, "open_source", lambda *_: objects)
+    (tmp_path / "views").mkdir()
+    for source in objects:
+        (tmp_path / "views" / f"{source.id}.npz").write_bytes(b"rendered")
+    preset = replace(PRESETS["tiny"], include="")
+    for exclude, left_out in (("", set()), ("lamp", {"lamp"}), ("chair", {"chair"})):
+        stages.views(replace(preset, exclude=exclude), tmp_path)
+        assert deselected(tmp_path / "views") == left_out and len(read_records(tmp_path / "views")) == 2
+
+
+def test_atlases_are_made_again_for_another_quality_of_transport(tmp_path):
+    preset = replace(PRESETS["tiny"], recolour=0, workers=1)
+    fits(tmp_path, "chair")
+    stages.atlas(preset, tmp_path)
+    path = tmp_path / "atlases" / "chair.safetensors"
+    made = path.stat().st_mtime_ns
+    stages.atlas(preset, tmp_path)
+    assert path.stat().st_mtime_ns == made
+    stages.atlas(replace(preset, transport="exact"), tmp_path)
+    assert path.stat().st_mtime_ns > made
+    # An atlas from before the quality was kept was made with the default.
+    path.write_bytes(Atlas.decode(path.read_bytes()).encode())
+    made = path.stat().st_mtime_ns
+    stages.atlas(preset, tmp_path)
+    assert path.stat().st_mtime_ns == made
+    stages.atlas(replace(preset, transport="high"), tmp_path)
+    assert path.stat().st_mtime_ns > made
+
+
+def test_half_a_fit_does_not_stop_the_others(tmp_path):
+    preset = replace(PRESETS["tiny"], recolour=0, workers=1)
+    fits(tmp_path, "chair", "lamp", "car")
+    (tmp_path / "fits" / "lamp.json").unlink()
+    (tmp_path / "fits" / "car.json").write_text("{}")  # its PSNR was no number
+    stages.atlas(preset, tmp_path)
+    assert [sample.id for sample, _ in read_shards(tmp_path / "shards")] == ["chair"]
+    (tmp_path / "views" / "views.jsonl").unlink()
+    with pytest.raises(InputError, match="chair has no captions in .*views.jsonl"):
+        stages.atlas(preset, tmp_path)
+
+
+def test_a_fit_stage_that_fails_says_so_and_removes_what_is_damaged(tmp_path):
+    """Fits of an earlier run are no success of this one; views that cannot be read are out of the way of the next."""
+    fits(tmp_path, "chair", "lamp")
+    (tmp_path / "views" / "unread.npz").mkdir()
+    for name in ("chair", "lamp"):
+        (tmp_path / "fits" / f"{name}.json").write_text(json.dumps({"psnr": 30.0, "settings": "others"}))
+    with pytest.raises(WorkError, match="fit failed for every object; .*not a file of views"):
+        stages.fit(replace(PRESETS["tiny"], workers=1), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "views").glob("*.npz")) == ["unread.npz"]
+
+
+def test_a_fit_is_there_when_its_scores_are(tmp_path, monkeypatch):
+    """A run that is killed between the two files leaves nothing that passes for the new fit."""
+    fits(tmp_path, "chair")
+    output, config = tmp_path / "fits" / "chair.ply", replace(PRESETS["tiny"].fit, count=60, steps=0)
+    sphere_views(48).save(tmp_path / "views" / "chair.npz")
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stages._fit_one("chair", tmp_path / "views" / "chair.npz", output, config)
+    assert not stages._is_fitted(output, config)
 
 
 def test_bad_usage_is_one_line(tmp_path):
@@ -327,6 +446,39 @@ def test_what_the_evaluation_asks_for_is_not_trained_on():
     assert dominant_colour(from_atlas(purple, layout)) == "purple"
     _, _, original = next(stages._variants(purple, layout, record, preset))
     assert original["captions"] == ["barrel", "an old barrel"]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"include": "("}, "include must be a regular expression"),
+        ({"exclude": "*"}, "exclude must be a regular expression"),
+        ({"never_recolour": "["}, "never_recolour must be a regular expression"),
+        ({"transport": "quick"}, "transport must be one of fast, high, exact"),
+        ({"projection": "mercator"}, "projection must be one of equirectangular, equal_area"),
+        ({"normalization": "row"}, "normalization must be one of cell, channel"),
+        ({"limit": -1}, "limit must be at least 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_bad_settings_of_a_preset_are_named_at_once(changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(PRESETS["tiny"], **changes)
+
+
+def test_stages_that_need_no_base_do_not_ask_for_it(tmp_path, monkeypatch, capsys):
+    """Neither a hub's model, of which a machine without a network has nothing, nor a folder that is not there yet."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for base in ("nobody/nothing", str(tmp_path / "later")):
+        preset = replace(PRESETS["paper"], finetune=replace(PRESETS["paper"].finetune, base=base))
+        assert following_base(preset, needed=False) is preset
+        with pytest.raises(InputError):
+            following_base(preset)
+        assert main(["fit", "--preset", "paper", "--finetune.base", base, "--runs", str(tmp_path)]) == 2
+        assert "run `python -m trainer views` first" in capsys.readouterr().err, "what fits need is all that is missed"
+    bundle = tiny_bundle.write_tiny_bundle(tmp_path / "bundle")
+    preset = replace(PRESETS["tiny"], finetune=replace(PRESETS["tiny"].finetune, base=str(bundle)))
+    assert following_base(preset, needed=False) == following_base(preset) != preset
 
 
 def test_presets_are_consistent():

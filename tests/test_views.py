@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from generator.errors import InputError, WorkError
 from generator.render.cameras import Cameras
 from trainer import scene, views
 from trainer.sources import SourceObject
-from trainer.views import Views, ViewSettings, read_records, render_object, render_objects, views_path
+from trainer.views import DamagedViews, Views, ViewSettings, read_records, render_object, render_objects, views_path
 
 needs_blender = pytest.mark.skipif(views.importlib.util.find_spec("bpy") is None, reason="Blender as a module is not installed")
 
@@ -291,6 +293,62 @@ def test_damaged_files_are_named(tmp_path):
     np.savez(path, rgba=np.zeros((1, 2, 2, 4), np.uint8))
     with pytest.raises(InputError, match="not a file of views"):
         Views.load(path)
+
+
+def npz(path, compress=zipfile.ZIP_DEFLATED, **entries) -> None:
+    """The file of `_views`, other entries in their places."""
+    _views().save(path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        for name, data in (content | {f"{name}.npy": data for name, data in entries.items()}).items():
+            archive.writestr(name, data)
+
+
+def npy(shape, dtype="|u1", data=b"") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + data
+
+
+def test_views_that_lie_are_named_and_cost_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    lies = {
+        "ten trillion pixels": {"rgba": npy((10_000, 10_000, 25_000, 4))},
+        "no pixels": {"rgba": b""},
+        "objects": {"id": npy((), "|O", b"x")},
+        "one axis": {"rgba": npy((4,), data=b"abcd")},
+        "words for numbers": {"viewmats": npy((1,), "<U2", b"ab\0\0\0\0\0\0")},
+        "a header that is none": {"rgba": b"\x93NUMPY\x01\0\x10\0" + b"(" * 16},
+    }
+    for name, entries in lies.items():
+        npz(path, **entries)
+        with pytest.raises(DamagedViews, match="a.npz: not a file of views .*: delete it and render it again"):
+            print(name, Views.load(path))
+    npz(path, compress=zipfile.ZIP_BZIP2)
+    with pytest.raises(DamagedViews, match="packed in an unknown way"):
+        Views.load(path)
+    # Every byte that is not as it was is named, or what was not read: zlib, zip and NumPy complain each in a way of its own.
+    _views().save(path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            Views.load(path)
+        except InputError as error:
+            assert "a.npz" in str(error) and "\n" not in str(error)
+    # What it says to hold is counted before anything is unpacked.
+    path.write_bytes(whole)
+    monkeypatch.setattr(views, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(DamagedViews, match="it unpacks to more than"):
+        Views.load(path)
+
+
+def test_records_survive_what_only_python_takes_for_the_end_of_a_line(tmp_path):
+    captions = ["a chair\u2028made\x85of\x0bwood"]
+    views.add_records(tmp_path, [{"id": "chair", "captions": captions}])
+    assert read_records(tmp_path) == [{"id": "chair", "captions": captions, "imported": True}]
 
 
 def test_composite_blends_over_the_background():

@@ -43,6 +43,7 @@ def make(root: Path, folder: str, lock: str, check: Sequence[str | Path], answer
     done = subprocess.run([venv_python(venv), *check], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if answer not in done.stdout:
         errors = done.stderr.strip().splitlines()
+        marker.unlink()  # what is installed is whole
         raise SetupError(errors[-1] if errors else f"the check ended with status {done.returncode}")
     marker.unlink()
     stamp.write_text(digest)

@@ -10,18 +10,24 @@ a process of their own, so that one that dies is found, named by its file, and t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import types
 import warnings
 import zipfile
 import zlib
@@ -47,6 +53,7 @@ class Reader:
     read: Callable[[Path], object]
     inside: tuple[Callable[[bytes], object], Callable[[object, bytes], bytes]] | None = None  # unpack, pack again
     name: str = ""  # of the file; "" for any
+    isolated: bool = False  # read in a process of its own by the program too, which takes its end for an error
 
 
 @dataclass
@@ -56,6 +63,7 @@ class Found:
     files: int = 0
     read: int = 0
     refused: int = 0
+    ended: int = 0  # processes that ended, where the program has one for each
     slowest: float = 0.0
     failures: list[tuple[int, str]] = field(default_factory=list)  # index and last line
 
@@ -109,6 +117,14 @@ def mutated(reader: Reader, index: int, seed: int) -> bytes:
 def _unzip(payload: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(payload)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _unzip_if_whole(path: Path) -> dict[str, bytes] | None:
+    """Half of what is zipped is damaged as a zip: that is no fault of a folder that was zipped for being fuzzed."""
+    try:
+        return _unzip(path.read_bytes())
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, NotImplementedError, EOFError, RuntimeError):
+        return None
 
 
 def _zip(parts: dict[str, bytes], _: bytes = b"") -> bytes:
@@ -214,10 +230,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     parts = {str(path.relative_to(bundle)): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
 
     def read_bundle(path: Path) -> None:
-        # Half of what is zipped is damaged as a zip; that is no bundle's fault.
-        try:
-            own = _unzip(path.read_bytes())
-        except (zipfile.BadZipFile, zlib.error, ValueError, OSError, NotImplementedError, EOFError, RuntimeError):
+        if (own := _unzip_if_whole(path)) is None:
             return
         with tempfile.TemporaryDirectory() as place:
             known = {name: content for name, content in own.items() if name in parts}
@@ -241,7 +254,148 @@ def readers(folder: Path) -> dict[str, Reader]:
     for name, content in captions.items():
         found[name] = Reader(Path(name).suffix, [content], read_captions, name=name)
     found["prompts"] = Reader(".txt", ["a red chair\n# none\n\na lamp\u00e9\n".encode()], read_prompts)
+    return found | _of_training(folder, plain) | _of_meshes(folder)
+
+
+def _of_training(folder: Path, splats: bytes) -> dict[str, Reader]:
+    """Readers of what a run takes in from others, or from its earlier self."""
+    from dataclasses import replace
+
+    import torch
+
+    from tests.test_finetune import CONFIG, data
+    from tests.test_g_objaverse import write_object
+    from tests.test_models import make, pack
+    from tests.test_views import _views
+    from trainer.evaluate import blind
+    from trainer.evaluate.judge import HEADS, Judge
+    from trainer.finetune import Trainer
+    from trainer.sources.g_objaverse import read_views
+    from trainer.sources.gaussian_verse import read_captions, read_fit
+    from trainer.views import Views
+
+    _views().save(folder / "views.npz")
+    found = {"views": Reader(".npz", [(folder / "views.npz").read_bytes()], Views.load, (_unzip, _zip))}
+    found["fit"] = Reader(".ply", [splats], lambda path: (read_fit(path), read_fit(path, "y")), name="point_cloud.ply")
+    names = b'uid,caption\n1a,"a chair, with arms"\n1a,a seat\n2b,a lamp\n'
+    texts = {"1871/1a": "a chair", "1923/2b": ["a lamp", "a light."]}
+    found["fits.csv"] = Reader(".csv", [names], read_captions, name="fits.csv")
+    found["fits.json"] = Reader(".json", [json.dumps(texts).encode()], read_captions, name="fits.json")
+
+    write_object(folder / "renders", views=1)
+    (renders,) = (folder / "renders").glob("*/00000")
+
+    def read_render(path: Path) -> None:
+        whole = path.parent / "whole" / "00000"
+        shutil.copytree(renders, whole)
+        shutil.copy(path, whole / path.name)
+        read_views(whole.parent, "o", 64)
+
+    for kind, name in (("camera", "00000.json"), ("picture", "00000.png"), ("depth", "00000_nd.exr")):
+        found[kind] = Reader(Path(name).suffix, [(renders / name).read_bytes()], read_render, name=name)
+
+    key = {"format": blind._FORMAT, "page": "0123456789abcdef", "methods": ["one", "two"], "prompts": ["a chair", "a lamp"], "left": [0, 1]}
+    votes = [{"pair": 0, "choice": "left"}, {"pair": 1, "choice": "same"}]
+    for name, content in (("key", key), ("votes", {"page": key["page"], "voter": "12ab", "votes": votes})):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    both = (folder / "key.json", folder / "votes.json")
+    found["key"] = Reader(".json", [both[0].read_bytes()], lambda path: blind.text(blind.count(path, [both[1]])), name="key.json")
+    found["votes"] = Reader(".json", [both[1].read_bytes()], lambda path: blind.text(blind.count(both[0], [path])), name="votes.json")
+
+    judged = [torch.rand(8), torch.rand(8), torch.rand(HEADS, 8, 4), torch.rand(HEADS, 4), torch.rand(4)]
+    Judge(*judged, ("a chair",), {"objects": 1}).save(folder / "judge")
+    found["judge"] = Reader(".safetensors", [(folder / "judge").read_bytes()], Judge.load, name="judge.safetensors")
+
+    small = {**CONFIG.unet, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    trainer = Trainer(replace(CONFIG, unet=small, max_steps=1, checkpoint_every=1), data(), folder / "trained")
+    with contextlib.redirect_stdout(io.StringIO()):
+        list(trainer.run(progress=False))
+    (checkpoint,) = (folder / "trained").glob("checkpoint-*")
+    state = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+    def read_checkpoint(path: Path) -> None:
+        if (own := _unzip_if_whole(path)) is None:
+            return
+        for name, content in (state | {name: own[name] for name in own.keys() & state.keys()}).items():
+            (path.parent / checkpoint.name).mkdir(exist_ok=True)
+            (path.parent / checkpoint.name / name).write_bytes(content)
+        trainer.directory = path.parent
+        trainer.resume()
+
+    found["checkpoint"] = Reader(".zip", [_zip(state)], read_checkpoint, (_unzip, _zip), name="checkpoint.zip")
+
+    models, errors = _models()
+    model = pack(make(folder / "model", {"unet/config.json": b"{}", "CREDITS.md": b"all of them"}), folder / "model.zip").read_bytes()
+
+    def install(path: Path) -> None:
+        from generator.errors import InputError
+
+        try:
+            models.install(str(path), path.parent / "models", lambda *_: None, threading.Event())
+        except errors.InputError as error:
+            raise InputError(str(error)) from error
+
+    found["model"] = Reader(".zip", [model], install, (_unzip, _zip), name="model.zip")
     return found
+
+
+def _models() -> tuple:
+    """The extension's own reader of models and its errors, without what needs Blender beside it."""
+    for name, place in (("fuzzed", ROOT), ("fuzzed.blender_addon", ROOT / "blender_addon")):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(place)]
+    return importlib.import_module("fuzzed.blender_addon.models"), importlib.import_module("fuzzed.generator.errors")
+
+
+def _of_meshes(folder: Path) -> dict[str, Reader]:
+    """Readers of objects that are rendered: as they come out of a library, and by Blender."""
+    import numpy as np
+    from PIL import Image
+
+    from generator import glb
+    from trainer.sources import SourceObject, extract
+    from trainer.sources.obj_parts import looks, read_surfaces
+
+    vertices = np.array([[x, y, z] for x in (0.0, 1.0) for y in (0.0, 2.0) for z in (0.0, 0.5)])
+    faces = np.array([[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1], [2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4]])
+    glb.write(folder / "box.glb", "box", vertices, faces, np.full((8, 3), 0.5))
+    lines = [f"v {' '.join(map(str, vertex))}" for vertex in vertices]
+    half = len(faces) // 2
+    for name, part in (("Oak_top", faces[:half]), ("legs.metal", faces[half:])):
+        lines += [f"usemtl {name}", *(f"f {a + 1}/1/1 {b - 8}//1 {c + 1}" for a, b, c in part)]
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), (115, 71, 38)).save(picture, "png")
+    box = {
+        "a/box.obj": "\n".join(["mtllib box.mtl", "vt 0 0", "vn 0 0 1", *lines, ""]).encode(),
+        "a/box.mtl": b"newmtl Oak_top\nKd 1 1 1\nmap_Kd -s 2 2 1 My Wood.png\nnewmtl legs.metal\nKd 0.1 0.1 0.1\nd 0.5\n",
+        "a/my wood.png": picture.getvalue(),
+    }
+
+    def read_archive(path: Path) -> None:
+        extract(SourceObject("box", "box", path, member="a/box.obj"), path.parent / "out")
+        with zipfile.ZipFile(path) as archive:
+            try:
+                surfaces = read_surfaces(archive, "a/box.obj")
+            except Exception:  # noqa: BLE001  (a library does without its materials, whatever is wrong with them)
+                return
+        looks("table", surfaces)
+
+    def render(path: Path) -> None:
+        from trainer import scene
+        from trainer.views import import_blender
+
+        import_blender()
+        if path.suffix == ".zip":
+            path = extract(SourceObject("box", "box", path, member="a/box.obj"), path.parent / "out")
+        with scene.quiet():
+            assert math.isfinite(scene.load_object(path))
+
+    return {
+        "obj": Reader(".zip", [_zip(box)], read_archive, (_unzip, _zip), name="obj.zip"),
+        "obj in blender": Reader(".zip", [_zip(box)], render, (_unzip, _zip), name="scene.zip", isolated=True),
+        "glb in blender": Reader(".glb", [(folder / "box.glb").read_bytes()], render, isolated=True),
+        # Blender's reader of PLY ends its process at many a damaged header, and a new one takes half a minute.
+    }
 
 
 # In the process that reads ------------------------------------------------------------------------------------------
@@ -266,6 +420,7 @@ def work(name: str, start: int, count: int, seed: int, pipe: object) -> None:
         reader = readers(Path(place) / "seeds")[name]
         for payload in reader.seeds:  # what reading loads is loaded, and the examples are good
             read(reader, payload, Path(place))
+        os.dup2(1, 2)  # libraries in C say there what they find
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         for index in range(start, count):
@@ -300,8 +455,8 @@ def read(reader: Reader, payload: bytes, place: Path) -> None:
 # In the process that looks on ---------------------------------------------------------------------------------------
 
 
-def fuzz(name: str, count: int, seed: int) -> Found:
-    """Files 0 to `count` of a reader, in processes that may die."""
+def fuzz(name: str, count: int, seed: int, isolated: bool = False) -> Found:
+    """Files 0 to `count` of a reader, in processes that may die; of an `isolated` one that is no failure."""
     context, found, start = multiprocessing.get_context("spawn"), Found(), 0
     while start < count:
         receiver, sender = context.Pipe(duplex=False)
@@ -332,7 +487,10 @@ def fuzz(name: str, count: int, seed: int) -> Found:
             if current is None:
                 raise RuntimeError(f"{name}: the reader does not start; run it alone to see why") from None
             found.files += 1
-            found.failures.append((current, f"the process ended with {process.exitcode}"))
+            if isolated:
+                found.ended += 1
+            else:
+                found.failures.append((current, f"the process ended with {process.exitcode}"))
             start = current + 1
         finally:
             process.join(5)
@@ -355,10 +513,12 @@ def main() -> int:
         failed = 0
         print("| reader | files | read | refused | failed | slowest |\n|---|---|---|---|---|---|")
         for name in chosen:
-            found = fuzz(name, max(1, options.count // len(chosen)), options.seed)
+            found = fuzz(name, max(1, options.count // len(chosen)), options.seed, known[name].isolated)
             numbers = f"{found.files:,} | {found.read:,} | {found.refused:,} | {len(found.failures):,} | {found.slowest:.2f} s"
             print(f"| {name} | {numbers} |", flush=True)
             failed += len(found.failures)
+            if found.ended:
+                print(f"  {name}: {found.ended} took the process down that it has for itself", file=sys.stderr)
             for index, outcome in found.failures[:10]:
                 print(f"  {name} {index}: {outcome}", file=sys.stderr)
             if options.keep and found.failures:

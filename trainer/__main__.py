@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from generator.errors import InputError, WorkError
-from generator.files import check_writable, replacing
+from generator.files import check_writable, make_folder, replacing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except WorkError as error:
         print(f"trainer: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"trainer: error: {named}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("trainer: stopped; the same command goes on from here", file=sys.stderr)
@@ -68,7 +72,8 @@ def _run(arguments: list[str]) -> int:
         print()
     prog = f"python -m trainer {options.stage} --preset {options.preset}"
     preset = tyro.cli(type(PRESETS[options.preset]), default=PRESETS[options.preset], args=["--help"] if options.help else rest, prog=prog)
-    preset = following_base(preset)
+    # The others work without the base, which may be a large download.
+    preset = following_base(preset, needed=options.stage in ("stats", "finetune", "pack", "train"))
     run = options.runs / preset.name
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -138,12 +143,14 @@ def _blind(arguments: list[str]) -> int:
     from .evaluate.report import open_source
 
     prompts = read_prompts(options.prompts) if options.prompts else fixed_prompts()
+    # Drawing may take long: where it goes is checked first.
+    make_folder(options.output)
     made, methods = [], []
     for source in (options.first, options.second):
         objects, method, _ = open_source(source, prompts, Protocol(seeds=1))
         made.append(objects)
         methods.append(method["name"])
-    pairs = write_page(options.output, tuple(methods), *made, options.seed)
+    pairs = write_page(options.output, (methods[0], methods[1]), made[0], made[1], options.seed)
     print(f"blind: {pairs} pairs in {options.output / 'blind.html'}; keep {options.output / 'key.json'} from the voters")
     return 0
 

@@ -37,7 +37,7 @@ from .finetune import FinetuneConfig, Trainer
 from .fit import FitConfig
 from .presets import PRESETS, Preset, small_unet
 from .stages import averaged_pipeline, farm, pretrain, text_encoder_of
-from .training_data import TrainingData, from_shards
+from .training_data import ShardedAtlases, TrainingData, from_shards
 from .transport import assign
 
 _SIZE = 32  # cells: a plain UNet trains on them in minutes, on one core
@@ -120,6 +120,8 @@ def prepare(preset: Preset, run: Path) -> None:
             for sample, layout_id in dataset.read_shards(_shards(run, flattening)):
                 accumulator = accumulator or NormalizationAccumulator(layout_id)
                 accumulator.update(sample.values)
+            if accumulator is None:
+                raise InputError(f"no atlas in {_shards(run, flattening)}: delete the folder and run this again")
             accumulator.result(kind).save(path)
     if not (run / "base").is_dir():
         pretrain(preset, run)
@@ -185,12 +187,14 @@ def train(name: str, seed: int, preset: Preset, run: Path) -> Path:
             curve.append({"step": step, "train": sum(losses) / len(losses), "held_out": held_out})
             losses.clear()
             _write(folder / "curve.json", curve)
-    captions = [full_caption(record) for record in trainer.data.atlases.records]
+    atlases = trainer.data.atlases
+    assert isinstance(atlases, ShardedAtlases)  # from shards
+    captions = [full_caption(record) for record in atlases.records]
     with averaged_pipeline(preset, trainer) as pipeline:
         # The same noise for every variant: seeds count up from a number of the run's own.
         made = pipeline(captions, seed=1_000 * seed, batch_size=16, num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale)
-    with replacing(folder / "made.safetensors") as partial:
-        save_tensors(partial, {"atlases": torch.stack([atlas.values for atlas in made.atlases]).half()}, {"prompts": json.dumps(captions)})
+    atlases = torch.stack([atlas.values for atlas in made.atlases]).half()
+    save_tensors(folder / "made.safetensors", {"atlases": atlases}, {"prompts": json.dumps(captions)})
     shutil.rmtree(folder / "finetune")
     return folder
 

@@ -18,7 +18,7 @@ from generator.model.bundle import Bundle, find_bundle, load_bundle
 from generator.model.text import TextEncoder, sha256
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 # What of a hub's model is fetched: neither its autoencoder nor pickles, nor the same weights in half precision.
 _WANTED = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/*.json", "README.md"]
@@ -56,8 +56,8 @@ class Base:
         Raises:
             InputError: the weights are damaged or do not fit the configuration.
         """
-        from diffusers import UNet2DConditionModel
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         if self.bundle:
             return self.bundle.load_unet().train().requires_grad_(True)

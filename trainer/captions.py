@@ -25,6 +25,7 @@ _PROTOTYPES = {
     "white": [(0.95, 0.95, 0.95), (0.85, 0.85, 0.84)],
 }
 COLOURS = tuple(_PROTOTYPES)
+_DOMINANT = 0.45  # share of the visible surface
 
 
 _RGB_TO_LMS = torch.tensor(
@@ -77,11 +78,11 @@ def visible_areas(gaussians: Gaussians) -> Tensor:
     return gaussians.opacities.float() * gaussians.scales.float().sort(1).values[:, 1:].prod(1)
 
 
-def dominant_colour(gaussians: Gaussians, share: float = 0.45) -> str | None:
-    """The colour word that at least `share` of the visible surface bears, or None where no colour dominates."""
+def dominant_colour(gaussians: Gaussians) -> str | None:
+    """The colour word that at least `_DOMINANT` of the visible surface bears, or None where no colour dominates."""
     totals = torch.bincount(colour_words(gaussians.colors)[1], visible_areas(gaussians), minlength=len(COLOURS))
     index = int(totals.argmax())
-    return COLOURS[index] if totals[index] >= share * totals.sum().clamp_min(1e-12) else None
+    return COLOURS[index] if totals[index] >= _DOMINANT * totals.sum().clamp_min(1e-12) else None
 
 
 def recolour(gaussians: Gaussians, colour: str, target: str) -> Gaussians:

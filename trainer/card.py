@@ -158,8 +158,9 @@ def histogram(values: Sequence[float], digits: int = 0, bins: int = 12) -> str:
 
 def _number(value: object) -> float | None:
     """A finite number, else None: records are written by many hands."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _numbers(entries: Iterable[Entry], key: str) -> list[float]:
@@ -230,8 +231,12 @@ def _credits(entries: list[Entry]) -> str:
     for entry in entries:
         text = {key: str(entry.about.get(key) or "") for key in ("name", "creator", "licence", "library")}
         # The table of libraries escapes its own column marks.
-        known.append(SourceObject(id=entry.id, path=Path(), **{key: plain(value, keep="|") for key, value in text.items()}))
+        known.append(_named(entry.id, {key: plain(value, keep="|") for key, value in text.items()}))
         missing = {"name": "no name", "creator": "maker not named", "licence": "unknown licence", "library": "unknown library"}
         shown = {key: plain(value) or missing[key] for key, value in text.items()}
-        listed.append(SourceObject(id=plain(entry.id), path=Path(), **shown))
+        listed.append(_named(plain(entry.id), shown))
     return "## Licences\n\n" + credits(known) + "\n## Objects\n\n" + "\n".join(credit_lines(listed))
+
+
+def _named(identifier: str, words: dict[str, str]) -> SourceObject:
+    return SourceObject(identifier, words["name"], Path(), creator=words["creator"], licence=words["licence"], library=words["library"])

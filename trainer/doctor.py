@@ -31,7 +31,7 @@ from generator.render.ewa import ALPHA_CUT
 
 from .atlas import arrange, filling_order, resize, to_atlas
 from .dataset import read_shards
-from .fit.fit import held_out_psnr, psnr
+from .fit.scores import held_out_psnr, psnr
 from .sources.gaussian_verse import STRAY
 from .views import Views, views_path
 
@@ -248,7 +248,8 @@ class Case:
 
 @dataclass(frozen=True)
 class AtlasReport:
-    """Everything found about one atlas; what needs the layout is None where the layout is unknown or another one."""
+    """Everything found about one atlas; what needs the layout is None where the layout is unknown or another one, else it is a
+    `PlacedReport`."""
 
     name: str
     size: int  # cells a side
@@ -268,10 +269,22 @@ class AtlasReport:
         return not self.reasons
 
 
+@dataclass(frozen=True)
+class PlacedReport(AtlasReport):
+    """Everything found about an atlas whose layout is known."""
+
+    projection: str
+    transport: Transport
+    locality: float
+    possible_locality: float
+    neighbours: Neighbours
+    cells: Cells
+
+
 def examine(case: Case) -> AtlasReport:
     """Examine one atlas."""
     atlas, layout = case.atlas, case.layout
-    report = AtlasReport(
+    unplaced = AtlasReport(
         name=case.name,
         size=atlas.values.shape[1],
         projection=None,
@@ -287,26 +300,30 @@ def examine(case: Case) -> AtlasReport:
     )
     if layout is None:
         reason = f"its layout {atlas.layout_id or '(none named)'} is none of the stored ones: give it with --layout, or make the atlas anew"
-        return replace(report, reasons=[reason])
-    if (layout.id, layout.size) != (atlas.layout_id, report.size):
-        made = f"made with layout {atlas.layout_id} at {report.size} cells a side"
-        return replace(report, reasons=[f"{made}, not with {layout.id} at {layout.size}: atlases of two layouts must not be mixed"])
+        return replace(unplaced, reasons=[reason])
+    if (layout.id, layout.size) != (atlas.layout_id, unplaced.size):
+        made = f"made with layout {atlas.layout_id} at {unplaced.size} cells a side"
+        return replace(unplaced, reasons=[f"{made}, not with {layout.id} at {layout.size}: atlases of two layouts must not be mixed"])
     gaussians = from_atlas(atlas, layout)
     transport, fresh = transport_of_cells(gaussians.means, layout, filled_count(gaussians))
-    report = replace(
-        report,
+    report = PlacedReport(
+        name=unplaced.name,
+        size=unplaced.size,
         projection=layout.projection,
+        layout_id=unplaced.layout_id,
+        reasons=[],
         transport=transport,
         locality=locality(gaussians.means, layout.size),
         possible_locality=locality(gaussians.means[fresh], layout.size),
         neighbours=neighbour_preservation(gaussians.means, layout.size),
         cells=cell_defects(atlas, layout),
-        stages=_stages(case, gaussians),
+        channels=unplaced.channels,
+        stages=_stages(case, gaussians, layout),
     )
     return replace(report, reasons=_reasons(report))
 
 
-def _stages(case: Case, gaussians: Gaussians) -> list[Stage]:
+def _stages(case: Case, gaussians: Gaussians, layout: AtlasLayout) -> list[Stage]:
     stages = []
     if case.original is not None:
         stages = [("fit", case.original)]
@@ -315,11 +332,11 @@ def _stages(case: Case, gaussians: Gaussians) -> list[Stage]:
     stored = case.atlas.values.half().float()
     stages.append(("atlas", gaussians))
     if not torch.equal(stored, case.atlas.values):
-        stages.append(("atlas in float16", from_atlas(replace(case.atlas, values=stored), case.layout)))
+        stages.append(("atlas in float16", from_atlas(replace(case.atlas, values=stored), layout)))
     return stage_losses(stages, case.views) if len(stages) > 1 or case.views is not None else []
 
 
-def _reasons(report: AtlasReport) -> list[str]:
+def _reasons(report: PlacedReport) -> list[str]:
     cells, count = report.cells, report.size**2
     reasons = []
     if cells.not_finite:
@@ -455,7 +472,9 @@ class Examination:
 
 def examine_paths(paths: Iterable[Path], layout: AtlasLayout | None = None, views: Path | None = None) -> Examination:
     """Examine everything in some files and folders; one that cannot be read does not stop the others."""
-    reports, unreadable, pictured = [], [], []
+    reports: list[AtlasReport] = []
+    unreadable: list[str] = []
+    pictured: list[tuple[AtlasReport, Case]] = []
     for path in paths:
         try:
             for case in cases(path, layout, views):
@@ -467,13 +486,13 @@ def examine_paths(paths: Iterable[Path], layout: AtlasLayout | None = None, view
     return Examination(reports, unreadable, pictured)
 
 
-def _locality_kept(report: AtlasReport) -> float:
+def _locality_kept(report: PlacedReport) -> float:
     return report.locality / max(report.possible_locality, 1e-9)
 
 
 def _health(report: AtlasReport) -> tuple[bool, float]:
     """The sick before the healthy, the least local first."""
-    return report.healthy, 0.0 if report.locality is None else _locality_kept(report)
+    return report.healthy, _locality_kept(report) if isinstance(report, PlacedReport) else 0.0
 
 
 @dataclass(frozen=True)
@@ -486,7 +505,7 @@ class Line:
     name: str  # the atlas with the worst value
 
 
-_MEASURES: list[tuple[str, Callable[[AtlasReport], float], Callable]] = [
+_MEASURES: list[tuple[str, Callable[[PlacedReport], float], Callable]] = [
     ("transport gap", lambda report: report.transport.gap, max),
     ("transport saving", lambda report: report.transport.saving, min),
     ("locality", lambda report: report.locality, min),
@@ -506,7 +525,7 @@ _MEASURES: list[tuple[str, Callable[[AtlasReport], float], Callable]] = [
 
 def summarise(reports: list[AtlasReport]) -> list[Line]:
     """Median and worst of every measure over the atlases whose layout is known."""
-    known = [report for report in reports if report.transport is not None]
+    known = [report for report in reports if isinstance(report, PlacedReport)]
     lines = []
     for measure, value, worst in _MEASURES if known else ():
         values = [float(value(report)) for report in known]
@@ -536,7 +555,7 @@ def table(report: AtlasReport) -> str:
     """The report on one atlas, for a terminal."""
     layout = f"{report.size} x {report.size} cells, {report.projection or 'unknown projection'}, layout {report.layout_id[:8] or 'none'}"
     lines = [f"{report.name}: {'healthy' if report.healthy else 'SICK'} ({layout})", *(f"  ! {reason}" for reason in report.reasons)]
-    if report.transport is not None:
+    if isinstance(report, PlacedReport):
         t, n, c = report.transport, report.neighbours, report.cells
         lines += [
             f"  transport   cost {t.cost:.5f}, certified bound {t.lower_bound:.5f}, gap {t.gap:.3%}; saves {t.saving:.1%} of the possible",
@@ -591,10 +610,13 @@ def _stage_rows(stages: list[Stage]) -> list[list[str]]:
     rows = [["stage", "PSNR dB", "loss", "foreground dB", "loss"]]
     rows += [[stage.name, f"{stage.psnr:.2f}", "", f"{stage.psnr_foreground:.2f}", ""] for stage in stages]
     for row, stage, before in zip(rows[2:], stages[1:], stages, strict=False):
-        losses = (before.psnr - stage.psnr, before.psnr_foreground - stage.psnr_foreground)
-        # Adding 0 turns -0 into 0.
-        row[2], row[4] = (f"{round(loss, 2) + 0.0:.2f}" for loss in losses)
+        row[2], row[4] = _loss(before.psnr, stage.psnr), _loss(before.psnr_foreground, stage.psnr_foreground)
     return rows
+
+
+def _loss(before: float | None, after: float | None) -> str:
+    # Adding 0 turns -0 into 0.
+    return "" if before is None or after is None else f"{round(before - after, 2) + 0.0:.2f}"
 
 
 def _indented(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
@@ -647,16 +669,16 @@ def _stretched(atlas: Atlas, channels: slice) -> tuple[str, Tensor]:
 
 def picture(pictured: list[tuple[AtlasReport, Case]]) -> Image.Image:
     """A row for each atlas: the object, then its panels, cells enlarged to whole squares of pixels."""
-    shown = [(report, case) for report, case in pictured if report.projection is not None]
+    shown = [(report, case.atlas, case.layout) for report, case in pictured if isinstance(report, PlacedReport) and case.layout is not None]
     if not shown:
         raise InputError("no atlas with a known layout to draw: give its layout with --layout")
-    side = max(_PANEL, *(report.size for report, _ in shown))
+    side = max(_PANEL, *(report.size for report, _, _ in shown))
     width = 2 * _MARGIN + 6 * side + 5 * _GAP
     row = _TITLE + side + 40
     canvas = Image.new("RGB", (width, 2 * _MARGIN + len(shown) * row - 24), _PAPER)
     draw = ImageDraw.Draw(canvas)
     large, normal, small = (ImageFont.load_default(points) for points in (20, 15, 12))
-    for index, (report, case) in enumerate(shown):
+    for index, (report, atlas, layout) in enumerate(shown):
         top = _MARGIN + index * row
         draw.text((_MARGIN, top), report.name, _INK, large)
         verdict = "healthy" if report.healthy else report.reasons[0]
@@ -670,8 +692,8 @@ def picture(pictured: list[tuple[AtlasReport, Case]]) -> Image.Image:
             draw.text((left + 24, top + 5), words, _FAINT, normal)
             left += 24 + draw.textlength(words, normal)
         draw.text((left + 24, top + 5), verdict, _INK if report.healthy else _ALARM, normal)
-        drawn = render(from_atlas(case.atlas, case.layout), Cameras.orbit(1, side, radius=RADIUS)).rgb[0]
-        images = {"object": ("30 degrees from its front", drawn), **panels(case.atlas, case.layout)}
+        drawn = render(from_atlas(atlas, layout), Cameras.orbit(1, side, radius=RADIUS)).rgb[0]
+        images = {"object": ("30 degrees from its front", drawn), **panels(atlas, layout)}
         for column, (name, (note, image)) in enumerate(images.items()):
             left = _MARGIN + column * (side + _GAP)
             draw.text((left, top + 34), name, _INK, normal)

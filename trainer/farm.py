@@ -19,11 +19,11 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -99,7 +99,7 @@ def for_each(
     task = following()
     if task is None:
         return failures
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     with _journal(records) as append, _pool(address, workers, gpus) as pool, _bar(description, total, progress) as bar:
         while True:
             while task is not None and pool.room() > 0:
@@ -253,7 +253,11 @@ def _journal(path: Path | None) -> Iterator[Callable[[dict], None]]:
                 # A line that was cut short must not swallow the next record.
                 if before.read(1) != b"\n":
                     file.write(b"\n")
-        yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+        def append(record: dict) -> None:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+        yield append
 
 
 @contextmanager
@@ -381,7 +385,8 @@ class _RayTasks:
     """Ray tasks of one core and a share of a GPU each. At most `workers` are in flight, or twice what fits the cluster if that is 0."""
 
     def __init__(self, address: str, workers: int, gpus: float) -> None:
-        self.workers, self.gpus, self.tasks, self.fitting, self.looked = workers, gpus, {}, 0, -float("inf")
+        self.workers, self.gpus, self.fitting, self.looked = workers, gpus, 0, -float("inf")
+        self.tasks: dict[Any, _Task] = {}  # by Ray's reference to its record
         self.ray, self.owned = _connect(address, workers)
         if gpus and not self.ray.cluster_resources().get("GPU"):
             self.close()
@@ -442,7 +447,7 @@ def _connect(address: str, workers: int) -> tuple:
 
     if ray.is_initialized():
         return ray, False
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address == "local":
         cores = workers or len(os.sched_getaffinity(0))
         ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=100 * 2**20, **quiet)

@@ -119,7 +119,7 @@ class FinetuneConfig:
         if not 0 <= self.text_dropout < 1:
             raise InputError(f"text_dropout must be in [0, 1), got {self.text_dropout}")
         leasts = {"batch_size": 1, "noise_first": 1, "plain_first": 1, "own_colours": 0, "wrap": 0, "micro_batch": 0, "lora_rank": 0}
-        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8}
+        leasts |= {"prefetch": 0, "render_most": 1, "render_size": 8, "fold": 1, "checkpoint_every": 1, "log_every": 1}
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -173,7 +173,11 @@ class Trainer:
         self.memory_format = fast_layout(self.device, torch.bfloat16 if self.bf16 else torch.float32)
         self.unet = build_unet(config, data.text_width, data.channels).to(self.device, memory_format=self.memory_format)
         # Whose guided predictions are learned.
-        self.teacher = load_base(config.base).bundle.load_unet(self.device) if config.distill_guidance else None
+        self.teacher = None
+        if config.distill_guidance:
+            bundle = load_base(config.base).bundle
+            assert bundle is not None  # build_unet has refused any other base
+            self.teacher = bundle.load_unet(self.device)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trainable = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -196,15 +200,17 @@ class Trainer:
         self._first = {name: row for row, name in reversed(list(enumerate(data.ids)))}
         weights = torch.tensor(config.channel_weights).repeat_interleave(4) if data.channels == CHANNELS else torch.ones(data.channels)
         self.channel_weights = (weights / weights.mean()).reshape(1, -1, 1, 1).to(self.device)
-        if config.prior and data.prior is None:
-            raise InputError("a network that corrects a prior needs that of the atlases")
-        self.prior = data.prior.to(self.device) if config.prior else None
+        self.prior = None
+        if config.prior:
+            if data.prior is None:
+                raise InputError("a network that corrects a prior needs that of the atlases")
+            self.prior = data.prior.to(self.device)
         self.render_loss = None
         if config.renders:
             if data.decoding is None:
                 raise InputError("losses on renders need the layout and the statistics of the atlases")
-            weights = (config.rgb_weight, config.mask_weight, config.lpips_weight)
-            self.render_loss = RenderLoss(data.decoding, weights, config.render_size, self.device)
+            on_renders = (config.rgb_weight, config.mask_weight, config.lpips_weight)
+            self.render_loss = RenderLoss(data.decoding, on_renders, config.render_size, self.device)
         self._ahead: dict[int, Future[Batch]] = {}
         self._reader = ThreadPoolExecutor(1, "atlases")
 
@@ -225,17 +231,17 @@ class Trainer:
             strata = (1 - (1 - strata) ** config.noise_first).clamp_max(1 - 1e-6)
         timesteps = (strata * len(self.alphas)).long()[torch.randperm(size, generator=generator)]
         picks = torch.rand(size, generator=generator)[share]
-        picks = (picks if step < 0 else picks**config.plain_first).tolist()
+        picks = picks if step < 0 else picks**config.plain_first
         dropped = (torch.rand(size, generator=generator) < config.text_dropout)[share]
         views = torch.rand(size, 5, generator=generator)[share]
         # A tenth at 1 exactly: of these predictions negative prompts are made.
         spread = torch.rand(size, generator=generator)[share] if self.teacher is not None else torch.zeros(len(picks))
         guidance = 1 + (config.distill_guidance - 1) * (spread / 0.9 - 0.1 / 0.9).clamp_min(0)
-        chosen = chosen[share].tolist()
-        clean = self.data.atlases[chosen].float()
+        own = chosen[share].tolist()
+        clean = self.data.atlases[own].float()
         noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds[share]])
-        captions = [self.data.captions[row] for row in chosen]
-        text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks, strict=True)]].float()
+        captions = [self.data.captions[row] for row in own]
+        text = self.data.features[[of_one[int(pick * len(of_one))] for of_one, pick in zip(captions, picks.tolist(), strict=True)]].float()
         text = torch.where(dropped[:, None, None], self.data.unconditional.to(text), text)
         return Batch(*(tensor.to(self.device) for tensor in (clean, noise, timesteps[share], text, views, guidance)))
 
@@ -294,6 +300,7 @@ class Trainer:
     @torch.no_grad()
     def _taught(self, image: Tensor, timesteps: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
         """What the teacher predicts, guided by [B]: [B, 16, H, W]."""
+        assert self.teacher is not None  # or there is nothing to be taught
         texts = torch.cat([text, self.data.unconditional.to(text).expand_as(text)])
         with self._autocast():
             both = self.teacher(torch.cat([image] * 2), timesteps.repeat(2), encoder_hidden_states=texts, return_dict=False)[0]
@@ -404,7 +411,7 @@ class Trainer:
                 loss = self.train_step()
                 recent.append(loss)
                 bar.update()
-                if main and (self.step % config.log_every == 0 or self.step == config.max_steps):
+                if writer is not None and (self.step % config.log_every == 0 or self.step == config.max_steps):
                     mean = sum(recent) / len(recent)
                     recent.clear()
                     rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
@@ -413,7 +420,7 @@ class Trainer:
                     writer.add_scalar("samples_per_second", rate, self.step)
                     bar.set_postfix(loss=f"{mean:.4f}", samples_s=f"{rate:.2f}")
                 if self.step % config.checkpoint_every == 0 or self.step == config.max_steps:
-                    if main:
+                    if writer is not None:
                         self._report(writer)
                         self.save()
                     self.accelerator.wait_for_everyone()
@@ -459,6 +466,7 @@ class Trainer:
             if isinstance(value, Tensor)
         }
         state = {"step": self.step, "mean_loss": self.mean_loss, "lowest": self.lowest, "config": asdict(self.config)}
+        state["statistics"] = self.data.statistics
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -480,21 +488,17 @@ class Trainer:
         """Load the newest checkpoint of the directory; False where there is none.
 
         Raises:
-            InputError: the checkpoint is damaged or belongs to another configuration.
+            InputError: the checkpoint is damaged, or belongs to another configuration or other statistics.
         """
         found = checkpoints(self.directory)
         if not found:
             return False
         path = found[-1]
+        state = check_settings(path, self.config, self.data.statistics, going_on=True)
         try:
-            state = json.loads((path / "state.json").read_text())
             unet, ema, moments = (safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("unet", "ema", "optimizer"))
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete it to resume from the one before") from error
-        ours, theirs = (_identity(config) for config in (asdict(self.config), state["config"]))
-        changed = sorted(key for key in ours if ours[key] != theirs.get(key))
-        if changed:
-            raise InputError(f"{path} was trained with other {', '.join(changed)}: use another folder, or the old settings")
+            raise _damaged(path, error) from error
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(unet[name])
@@ -514,6 +518,39 @@ def checkpoints(directory: str | Path) -> list[Path]:
     return sorted(path for path in Path(directory).glob("checkpoint-*") if (path / "state.json").is_file())
 
 
+def check_settings(checkpoint: Path, config: FinetuneConfig, statistics: dict[str, str], going_on: bool = False) -> dict:
+    """The state of a checkpoint, after a check that it was trained with these settings on values normalised like these.
+
+    Args:
+        going_on: all settings must be the same, else those alone that say what the network is and what its values mean.
+        statistics: as `training_data.statistics_of` gives them; a checkpoint from before they were kept says nothing of them.
+
+    Raises:
+        InputError: it is damaged, or was trained otherwise.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        step, theirs, known = state["step"], _identity(state["config"]), state.get("statistics", {})
+        if not isinstance(step, int) or not isinstance(known, dict):
+            raise ValueError("its state.json has another shape")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(checkpoint, error) from error
+    ours = _identity(asdict(config))
+    if not going_on:
+        ours, theirs = ({key: each[key] for key in _OF_THE_NETWORK if key in each} for each in (ours, theirs))
+    changed = _differences(theirs, ours)
+    if changed:
+        raise InputError(f"{checkpoint} was trained with {'; '.join(changed)}: use another folder, or the old settings")
+    other = sorted(name for name in known.keys() & statistics.keys() if known[name] != statistics[name])
+    if other:
+        raise InputError(f"{checkpoint} was trained with another {', '.join(other)}: train anew elsewhere, or restore what was there")
+    return state
+
+
+def _damaged(checkpoint: Path, reason: object) -> InputError:
+    return InputError(f"{checkpoint} is damaged ({reason}): delete it to resume from the one before")
+
+
 def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS):
     """The UNet to train: a widened base, or `config.unet` from random weights; with a rank, its low-rank additions alone are trainable.
 
@@ -523,7 +560,7 @@ def build_unet(config: FinetuneConfig, text_width: int, channels: int = CHANNELS
     Raises:
         InputError: the base cannot be read, or its text width is not that of the text encoder.
     """
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     channels = channels * config.fold**2
     torch.manual_seed(config.seed)
@@ -568,14 +605,32 @@ def going_on(config: FinetuneConfig, bundle: Bundle) -> FinetuneConfig:
         raise InputError(f"base {config.base!r} was trained with a noise schedule that cannot be gone on with")
     prediction = bundle.scheduler_config["prediction_type"]
     # A network learns in few steps to see beyond the borders, or to correct a prior, and what it has learned it keeps.
-    kept = {"wrap": config.wrap or bundle.wrap, "prior": config.prior or bundle.prior is not None}
-    return replace(config, **kept, fold=bundle.fold, prediction_type=prediction, shift=found[0], zero_terminal_snr=found[1])
+    return replace(
+        config,
+        fold=bundle.fold,
+        wrap=config.wrap or bundle.wrap,
+        prior=config.prior or bundle.prior is not None,
+        prediction_type=prediction,
+        shift=found[0],
+        zero_terminal_snr=found[1],
+    )
 
 
-def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS):
-    """The averaged network of a checkpoint, low-rank additions merged into it."""
+def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, channels: int = CHANNELS, statistics: dict | None = None):
+    """The averaged network of a checkpoint, low-rank additions merged into it.
+
+    Args:
+        statistics: of what will read the network's values, see `check_settings`.
+
+    Raises:
+        InputError: the checkpoint is damaged, or was trained with other settings or statistics.
+    """
+    check_settings(checkpoint, config, statistics or {})
     unet = build_unet(config, text_width, channels)
-    averaged = safetensors.torch.load_file(checkpoint / "ema.safetensors")
+    try:
+        averaged = safetensors.torch.load_file(checkpoint / "ema.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from error
     unet.load_state_dict(averaged, strict=not config.lora_rank)
     if config.lora_rank:
         unet.fuse_lora()
@@ -587,12 +642,31 @@ def trained_unet(config: FinetuneConfig, checkpoint: Path, text_width: int, chan
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+# The settings without which a trained network cannot be read as what it is.
+_OF_THE_NETWORK = (
+    *("base", "unet", "text_encoder", "unconditional", "lora_rank", "fold", "wrap", "prior", "prediction_type", "shift"),
+    *("zero_terminal_snr", "distill_guidance"),
+)
+
+
 def _identity(config: dict) -> dict:
     """The settings that a resumed run must share; it may be longer or shorter, and save or log at other steps."""
     free = {"max_steps", "decay_steps", "checkpoint_every", "log_every", "prefetch", "divergence", "micro_batch", "base_licence"}
     # A checkpoint from before a setting existed was trained with its default.
     known = {**asdict(FinetuneConfig()), **config}
     return json.loads(json.dumps({key: value for key, value in known.items() if key not in free}))
+
+
+def _differences(theirs: dict, ours: dict) -> list[str]:
+    """Which settings differ, with both values; of the network's arguments those alone."""
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        one, other = theirs.get(key), ours.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{key}.{line}" for line in _differences(one, other)]
+        elif one != other:
+            found.append(f"{key} {one!r}, not {other!r}")
+    return found
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

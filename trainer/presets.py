@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from generator.atlas import ChannelSpec
+from generator.atlas import PROJECTIONS, ChannelSpec
+from generator.atlas.normalization import KINDS
 from generator.errors import InputError
+from generator.model.bundle import find_bundle
 
 from .base import load_base
 from .finetune import FinetuneConfig, going_on
 from .fit import FitConfig
 from .sources import INFINIGEN, SWEET_HOME_3D, SourceObject
+from .transport import QUALITIES
 from .views import ViewSettings
 
 # What the starter learns: the furniture, lights, plants, vehicles, animals, people and vessels of an interior catalogue.
@@ -88,6 +92,18 @@ class Preset:
     version: str = "0.1.0"  # of the bundle
 
     def __post_init__(self) -> None:
+        for name, choices in (("projection", PROJECTIONS), ("transport", tuple(QUALITIES)), ("normalization", KINDS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("include", "exclude", "never_recolour"):
+            try:
+                # As it is used: a flag such as (?i) is an error within a group.
+                re.compile(getattr(self, name) if name == "include" else f"(?:{getattr(self, name)})")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise InputError(f"{name} must be a regular expression, got {getattr(self, name)!r}: {error}") from error
+        for name, least in (("size", 1), ("steps", 1), ("limit", 0), ("recolour", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.fit.count > self.size**2:
             raise InputError(f"fit.count is {self.fit.count}, more than the {self.size**2} cells of the atlas: lower it or raise size")
         if self.size % self.finetune.fold:
@@ -107,21 +123,34 @@ class Preset:
         return chosen[: self.limit or None]
 
 
-def following_base(preset: Preset) -> Preset:
+def following_base(preset: Preset, needed: bool = True) -> Preset:
     """The preset with the settings of the bundle that it goes on from, where it does: size, projection, channels, and its network's.
+
+    Args:
+        needed: whether the base itself is. Without, one that is no bundle on this machine is neither read nor downloaded: stages before
+            `stats` then go by the preset's own size and channels, and `stats` refuses atlases of others than the base's.
 
     Raises:
         InputError: the base cannot be read, the preset's fits have more Gaussians than its atlas has cells, or it asks for a regression
             without a prior.
     """
+    if preset.finetune.base and not needed and not _is_bundle_here(preset.finetune.base):
+        return preset
     bundle = load_base(preset.finetune.base).bundle if preset.finetune.base else None
     if bundle is None:
         return _checked(preset)
-    kept = {"size": bundle.layout.size, "projection": bundle.layout.projection}
+    kept: dict[str, Any] = {"size": bundle.layout.size, "projection": bundle.layout.projection}
     kept |= {} if preset.relearn else {"channels": bundle.channels}
     if preset.regression is None and bundle.regression is not None:
         kept |= {"regression": True} | {f"regression_{name}": value for name, value in bundle.info["regression"].items()}
     return _checked(replace(preset, **kept, finetune=going_on(preset.finetune, bundle)))
+
+
+def _is_bundle_here(base: str) -> bool:
+    try:
+        return (find_bundle(base, allow_download=False) / "bundle.json").is_file()
+    except InputError:
+        return False
 
 
 def _checked(preset: Preset) -> Preset:

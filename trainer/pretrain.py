@@ -24,7 +24,7 @@ from .schedule import scheduler_config
 from .sources import SourceObject, credits
 from .sources.pictures import named_pictures, read_picture
 from .training_data import CaptionFeatures, TrainingData
-from .views import Views, read_records, views_path
+from .views import Views, deselected, read_records, views_path
 
 # Red, green and blue times alpha, and alpha, in -1..1: what a latent has in channels.
 CHANNELS = 4
@@ -65,7 +65,9 @@ def pictures(directory: str | Path, size: int, config: FinetuneConfig, folders: 
 
 
 def _rendered(directory: str | Path) -> list[dict]:
-    return [record for record in read_records(directory) if views_path(directory, record["id"]).is_file()]
+    left_out = deselected(directory)
+    found = [record for record in read_records(directory) if record["id"] not in left_out]
+    return [record for record in found if views_path(directory, record["id"]).is_file()]
 
 
 def _picture(rgba: Tensor, size: int) -> Tensor:
@@ -99,10 +101,11 @@ def draw(
 
 def _logged(trainer: Trainer, size: int, prompts: Sequence[str]) -> Tensor:
     """Drawings of the averaged network on white, side by side: [size, P size, 3]."""
-    config = trainer.config
+    config, encoder = trainer.config, trainer.data.encoder
+    assert encoder is not None  # `pictures` gives it
     with trainer.averaged():
         schedule = scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr)
-        drawn = draw(trainer.unet.eval(), schedule, trainer.data.encoder, prompts, size)
+        drawn = draw(trainer.unet.eval(), schedule, encoder, prompts, size)
     return torch.cat(list((drawn[:, :3] + 1 - drawn[:, 3:]).permute(0, 2, 3, 1)), dim=1)
 
 
@@ -150,7 +153,14 @@ def _card(records: list[dict], data: TrainingData, config: FinetuneConfig, size:
     licences = sorted({record.get("licence") or "unknown" for record in records} | ({folders_licence} if folders_licence else set()))
     kept = [licence for licence in licences if not licence.startswith("CC0")] or ["CC0-1.0"]
     known = [
-        SourceObject(id=record["id"], path=Path(), **{key: record.get(key) or "" for key in ("name", "creator", "licence", "library")})
+        SourceObject(
+            id=record["id"],
+            name=record.get("name") or "",
+            path=Path(),
+            creator=record.get("creator") or "",
+            licence=record.get("licence") or "",
+            library=record.get("library") or "",
+        )
         for record in records
     ]
     beside = f" and {named} named pictures ({folders_licence})" if named else ""

@@ -274,7 +274,7 @@ def _bottleneck(
     # Start-up is shared by the objects of a process.
     seconds = statistics.fmean(durations) + measured.startup / OBJECTS_PER_PROCESS
     steps = {step: gpu.get(step, measured.mean(step)) for step in measured.steps}
-    slowest = max(steps, key=steps.get)
+    slowest = max(steps, key=steps.__getitem__)
     rows = []
     for number in workers:
         rates = {f"cores: {slowest}": number / seconds}
@@ -282,7 +282,7 @@ def _bottleneck(
             rates["driver"] = 1 / cluster.dispatch
         if size:
             rates["storage"] = bandwidth / size
-        narrow = min(rates, key=rates.get)
+        narrow = min(rates, key=rates.__getitem__)
         shown = (f"{rates[key]:,.1f}" if key in rates else "" for key in (f"cores: {slowest}", "driver", "storage"))
         rows.append((f"{number:,}", *shown, f"{number / seconds * size / 1e6:,.1f} MB/s", f"**{narrow}**"))
     text = (

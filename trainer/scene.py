@@ -145,7 +145,7 @@ def _part_coincident(meshes: list) -> None:
     opposite ways each must show on its own side, as in viewers that cull back faces; of two that look the same way but
     differ in material the smaller is a decal and belongs on top.
     """
-    parts = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for mesh in meshes:
         count = len(mesh.polygons)
         corner = _foreach(mesh.vertices, "co", 3)[_foreach(mesh.loops, "vertex_index", dtype=np.int32)]
@@ -182,7 +182,7 @@ def _corners(mesh) -> np.ndarray:
 
 def _foreach(collection, name: str, width: int = 1, dtype: type = np.float32) -> np.ndarray:
     """One property of a Blender collection as an array [N] or [N, width]."""
-    values = np.empty(len(collection) * width, dtype=dtype)
+    values: np.ndarray = np.empty(len(collection) * width, dtype=dtype)
     collection.foreach_get(name, values)
     return values.reshape(-1, width) if width > 1 else values
 

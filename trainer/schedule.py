@@ -27,7 +27,7 @@ def scheduler_config(prediction_type: str, shift: float, zero_terminal_snr: bool
     """Configuration of DPMSolverMultistepScheduler that samples what this schedule trained (DPM-Solver++, Lu et al. 2022)."""
     alphas = alphas_cumprod(shift=shift, zero_terminal_snr=zero_terminal_snr)
     # The solver takes the logarithm of the last signal rate, so it must not be zero, nor above the one before.
-    alphas[-1] = max(alphas[-1], min(2.0**-24, alphas[-2] / 4))
+    alphas[-1] = max(alphas[-1].item(), min(2.0**-24, alphas[-2].item() / 4))
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
     return {
         "num_train_timesteps": len(alphas),

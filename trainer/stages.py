@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from generator.atlas import Atlas, AtlasLayout, ChannelSpec, Normalization, NormalizationAccumulator, NormalScoresAccumulator, from_atlas
+from generator.atlas import Atlas, AtlasLayout, Normalization, NormalizationAccumulator, NormalScoresAccumulator, from_atlas
 from generator.atlas import pack as pack_atlas
 from generator.coverage import coverage
 from generator.errors import InputError, WorkError
@@ -38,6 +38,7 @@ from generator.model.bundle import REGRESSION_SHARES
 from generator.model.prior import AtlasPrior, PriorAccumulator
 from generator.model.regression import RegressionBuilder, TextRegression, variances_of
 from generator.model.text import TextEncoder
+from generator.tensors import decode_tensors, save_tensors
 
 from . import captions, dataset
 from .base import load_base, text_encoder
@@ -46,7 +47,7 @@ from .finetune import FinetuneConfig, Trainer, checkpoints
 from .fit import FitConfig
 from .presets import Preset
 from .sources import SourceObject, colours_in, credit_lines, credits, open_source, recoloured, with_colour
-from .training_data import TrainingData, from_shards
+from .training_data import TrainingData, from_shards, statistics_of
 
 if TYPE_CHECKING:
     from generator.model.pipeline import GaussianAtlasPipeline
@@ -60,10 +61,13 @@ _SCORES = ("psnr", "psnr_foreground", "ssim", "perceptual", "perceptual_name", "
 
 def views(preset: Preset, run: Path) -> None:
     """Render the preset's objects from all sides."""
-    from .views import render_objects
+    from .views import render_objects, select_records
 
     objects = [source for spec in preset.sources for source in open_source(spec, run.parent / "sources", preset.workers)]
     objects = preset.select(objects)
+    # Refuses a folder that was rendered with other settings before anything is done.
+    render_objects([], run / "views", preset.views)
+    select_records(run / "views", [source.id for source in objects])
     records = render_objects(objects, run / "views", preset.views, workers=preset.workers, address=preset.address)
     failed = [record for record in records if record["status"] != "ok"]
     _say(f"views: {len(records) - len(failed)} of {len(records)} objects rendered")
@@ -76,7 +80,7 @@ def views(preset: Preset, run: Path) -> None:
 def fit(preset: Preset, run: Path) -> None:
     """Fit Gaussians to the views of every object."""
     run = Path(os.path.abspath(run))  # workers may start elsewhere
-    sources = _finished(run / "views", ".npz", "views")
+    sources = _selected("fit", run, run / "views", ".npz", "views")
     (run / "fits").mkdir(parents=True, exist_ok=True)
     todo, found = [], {}
     for path in sources:
@@ -87,22 +91,30 @@ def fit(preset: Preset, run: Path) -> None:
             todo.append((path.stem, path, output, preset.fit))
     _note_found(run, "fit", found, _read_scores)
     failures = for_each(_fit_one, todo, preset.workers, "fit", records=run / RECORDS, address=preset.address, gpus=preset.gpus)
-    _report("fit", len(sources), failures, len(list((run / "fits").glob("*.ply"))))
+    _report("fit", len(sources), failures, len(sources) - len(failures))
 
 
 def _fit_one(_identifier: str, views_path: Path, output: Path, config: FitConfig) -> dict:
     from .fit import fit as fit_views
-    from .views import Views
+    from .views import DamagedViews, Views
 
     torch.set_num_threads(1)
-    result = fit_views(Views.load(views_path), config)
-    save(result.gaussians, output)
+    try:
+        seen = Views.load(views_path)
+    except DamagedViews:
+        # While it is there nothing would render it again.
+        views_path.unlink(missing_ok=True)
+        raise
+    result = fit_views(seen, config)
     scores = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "gaussians"}
     scores = {name: round(value, 3) if isinstance(value, float) else value for name, value in scores.items()}
     # A score that could not be had is left out: NaN is no JSON.
     scores = {name: value for name, value in scores.items() if value == value}
     scores |= {"gaussians": len(result.gaussians), "settings": _settings_hash(config)}
+    # The .ply comes last: the stages after this one go by it. An older one must not pass for that of the new JSON.
+    output.unlink(missing_ok=True)
     _write_text(output.with_suffix(".json"), json.dumps(scores))
+    save(result.gaussians, output)
     return _read_scores(output)
 
 
@@ -132,14 +144,14 @@ def atlas(preset: Preset, run: Path) -> None:
     """Transport every good fit to the sphere, and gather the atlases with their captions in shards."""
     run = Path(os.path.abspath(run))
     layout = AtlasLayout.load_default(preset.size, preset.projection)
-    fits = _finished(run / "fits", ".ply", "fit")
+    fits = _selected("atlas", run, run / "fits", ".ply", "fit")
     kept = [path for path in fits if _is_good(path, preset)]
     _say(f"atlas: {len(kept)} of {len(fits)} fits reach {preset.minimum_psnr} dB on held-out views or are imported")
     (run / "atlases").mkdir(parents=True, exist_ok=True)
     todo, found = [], {}
     for path in kept:
         output = run / "atlases" / f"{path.stem}.safetensors"
-        if _is_current(output, path, layout, preset.channels):
+        if _is_current(output, path, layout, preset):
             found[path.stem] = output
         else:
             todo.append((path.stem, path, output, preset))
@@ -150,8 +162,14 @@ def atlas(preset: Preset, run: Path) -> None:
 
 
 def _is_good(fit_path: Path, preset: Preset) -> bool:
-    """Whether a fit is good enough to be learned; an imported one has no views to be judged by, its PSNR is null."""
-    score = json.loads(fit_path.with_suffix(".json").read_text(encoding="utf-8"))["psnr"]
+    """Whether a fit is good enough to be learned; an imported one has no views to be judged by, its PSNR is null.
+
+    One whose PSNR could not be had is not, nor one without its JSON: it is of a run that was killed, and the fit stage repeats it.
+    """
+    try:
+        score = json.loads(fit_path.with_suffix(".json").read_text(encoding="utf-8")).get("psnr", float("nan"))
+    except FileNotFoundError:
+        return False
     return score is None or score >= preset.minimum_psnr
 
 
@@ -162,8 +180,8 @@ def _atlas_one(_identifier: str, fit_path: Path, output: Path, preset: Preset) -
     layout = AtlasLayout.load_default(preset.size, preset.projection)
     start = time.perf_counter()
     result = to_atlas(load(fit_path), layout, preset.transport, spec=preset.channels)
-    with replacing(output) as partial:
-        partial.write_bytes(result.encode())
+    tensors, record = decode_tensors(result.encode())
+    save_tensors(output, tensors, {**record, "transport": preset.transport})
     return {"seconds": {"atlas": round(time.perf_counter() - start, 3)}, **_atlas_record(output)}
 
 
@@ -186,11 +204,12 @@ def _note_found(run: Path, stage: str, found: dict[str, Path], read: Callable[[P
 
 def farm(preset: Preset, run: Path) -> None:
     """Views, fit and atlas of an object in one task, so that a whole cluster is busy to the end; then the shards, by the records."""
-    from .views import render_objects, views_path
+    from .views import render_objects, select_records, views_path
 
     run = Path(os.path.abspath(run))
     layout = AtlasLayout.load_default(preset.size, preset.projection)
     objects = preset.select([source for spec in preset.sources for source in open_source(spec, run.parent / "sources", preset.workers)])
+    chosen = {source.id for source in objects}
     # Refuses a folder that was rendered with other settings before anything is done.
     render_objects([], run / "views", preset.views)
     for folder in ("fits", "atlases"):
@@ -203,11 +222,13 @@ def farm(preset: Preset, run: Path) -> None:
         return {name: kept for name, kept in current.items() if not kept or (run / "atlases" / f"{name}.safetensors").is_file()}
 
     before = done()
+    _say_left_out("farm", len(before.keys() - chosen))
     todo = [(s.id, replace(s, path=Path(os.path.abspath(s.path))), run, preset, recipe) for s in objects if s.id not in before]
     failures = for_each(_object_one, todo, preset.workers, "farm", records=run / RECORDS, address=preset.address, gpus=preset.gpus)
     # Everything is rendered: this writes views.jsonl, with the captions and credits.
     render_objects([s for s in objects if views_path(run / "views", s.id).is_file()], run / "views", preset.views, progress=False)
-    ended = done()
+    select_records(run / "views", chosen)
+    ended = {name: good for name, good in done().items() if name in chosen}
     kept = sorted(name for name, good in ended.items() if good)
     _report("farm", len(objects), failures, len(objects) - len(failures))
     _say(f"farm: {len(kept)} of {len(ended)} fits reach {preset.minimum_psnr} dB on held-out views")
@@ -249,7 +270,7 @@ def _object_one(identifier: str, source: SourceObject, run: Path, preset: Preset
     record["bytes"]["views"] = pixels.stat().st_size
     kept = _is_good(output, preset)
     if kept:
-        if not _is_current(cells, output, AtlasLayout.load_default(preset.size, preset.projection), preset.channels):
+        if not _is_current(cells, output, AtlasLayout.load_default(preset.size, preset.projection), preset):
             with _step("atlas", seconds, cpu):
                 _atlas_one(identifier, output, cells, preset)
         record["bytes"] |= _atlas_record(cells)["bytes"]
@@ -279,8 +300,10 @@ def _gather(preset: Preset, run: Path, identifiers: Iterable[str]) -> None:
             stored = Atlas.decode((run / "atlases" / f"{identifier}.safetensors").read_bytes())
             scores = json.loads((run / "fits" / f"{identifier}.json").read_text(encoding="utf-8"))
             record = {**records.get(identifier, {}), **scores}
-            for key in ("status", "reason", "seconds", "size"):
+            for key in ("status", "reason", "seconds", "size", "selected", "imported"):
                 record.pop(key, None)
+            if not record.get("captions") or "id" not in record:
+                raise InputError(f"{identifier} has no captions in {run / 'views' / 'views.jsonl'}: run `python -m trainer views` again")
             yield from _variants(stored, layout, record, preset)
 
     dataset.write_shards(samples(), run / "shards")
@@ -317,15 +340,18 @@ def _variants(original: Atlas, layout: AtlasLayout, record: dict, preset: Preset
         yield f"{identifier}-{target}", painted, {**record, "object": identifier, "colour": target, "captions": named}
 
 
-def _is_current(path: Path, fit_path: Path, layout: AtlasLayout, channels: ChannelSpec) -> bool:
+def _is_current(path: Path, fit_path: Path, layout: AtlasLayout, preset: Preset) -> bool:
     """Whether a stored atlas is whole, of the fit that is there, and made as it would be made now."""
     try:
         if path.stat().st_mtime_ns < fit_path.stat().st_mtime_ns:
             return False
-        stored = Atlas.decode(path.read_bytes())
+        payload = path.read_bytes()
+        stored, record = Atlas.decode(payload), decode_tensors(payload)[1]
     except (OSError, ValueError):
         return False
-    return (stored.layout_id, stored.spec) == (layout.id, channels)
+    # Atlases from before this was kept were made with the default.
+    transport = record.get("transport", Preset.transport)
+    return (stored.layout_id, stored.spec, transport) == (layout.id, preset.channels, preset.transport)
 
 
 def stats(preset: Preset, run: Path) -> None:
@@ -353,6 +379,8 @@ def stats(preset: Preset, run: Path) -> None:
     for sample, layout_id in dataset.read_shards(run / "shards"):
         accumulator = accumulator or NormalizationAccumulator(layout_id, scores)
         accumulator.update(sample.values)
+    if accumulator is None:
+        raise InputError(f"no atlas in {run / 'shards'}: run `python -m trainer atlas` again")
     normalization = accumulator.result(preset.normalization)
     normalization.save(run / "normalization.safetensors")
     if preset.finetune.prior:
@@ -414,11 +442,12 @@ def averaged_pipeline(preset: Preset, trainer: Trainer) -> Iterator[GaussianAtla
 
     from .schedule import scheduler_config
 
-    config, decoding = trainer.config, trainer.data.decoding
+    config, decoding, encoder = trainer.config, trainer.data.decoding, trainer.data.encoder
+    assert decoding is not None and encoder is not None  # atlases from shards come with both
     solver = DPMSolverMultistepScheduler.from_config(scheduler_config(config.prediction_type, config.shift, config.zero_terminal_snr))
     info = {"fold": config.fold, "wrap": config.wrap, "low_pass": preset.views.low_pass, "distilled_guidance": config.distill_guidance}
     info |= _damping(preset)
-    parts = (trainer.data.encoder, decoding.layout, decoding.normalization, decoding.channels, info)
+    parts = (encoder, decoding.layout, decoding.normalization, decoding.channels, info)
     with trainer.averaged():
         yield GaussianAtlasPipeline(trainer.unet.eval(), solver, *parts, prior=trainer.prior)
 
@@ -436,7 +465,7 @@ def pack(preset: Preset, run: Path) -> None:
     """Write the bundle of the newest checkpoint's averaged network."""
     from generator.model.bundle import save_bundle
 
-    from .finetune import trained_unet
+    from .finetune import check_settings, trained_unet
     from .schedule import scheduler_config
 
     found = checkpoints(run / "finetune")
@@ -444,15 +473,19 @@ def pack(preset: Preset, run: Path) -> None:
         raise InputError(f"no checkpoint in {run / 'finetune'}: run `python -m trainer finetune` first")
     encoder = text_encoder_of(preset.finetune)
     normalization, layout = _normalization(run), AtlasLayout.load_default(preset.size, preset.projection)
-    unet = trained_unet(preset.finetune, found[-1], encoder.width)
-    step = json.loads((found[-1] / "state.json").read_text())["step"]
     everything = [sample for sample, _ in dataset.read_shards(run / "shards")]
     samples = [sample for sample in everything if sample.id == sample.record["object"]]
-    psnrs = [sample.record["psnr"] for sample in samples if sample.record["psnr"] is not None]
+    _check_credits(samples, run)
+    prior, regression = _prior(preset, run), None
+    known = statistics_of(layout, normalization, samples[0].spec, prior)
+    state = check_settings(found[-1], preset.finetune, known)
+    step = state["step"]
+    unet = trained_unet(preset.finetune, found[-1], encoder.width, statistics=known)
+    psnrs = [sample.record["psnr"] for sample in samples if sample.record.get("psnr") is not None]
     libraries = sorted({(sample.record["library"], sample.record["licence"]) for sample in samples})
     config = preset.finetune
     base = _base_record(config)
-    licences = {licence for _, licence in libraries} | (set(base["licence"].split(" AND ")) if config.base else set())
+    licences = {licence for _, licence in libraries} | (set(base["licence"].split(" AND ")) if isinstance(base, dict) else set())
     licences = {licence for licence in licences if not licence.startswith("CC0")}
     info = {
         "name": f"gaussian-atlas-{preset.name}",
@@ -464,7 +497,7 @@ def pack(preset: Preset, run: Path) -> None:
             "libraries": [f"{library} ({licence})" for library, licence in libraries],
             "base": base,
             "steps": step,
-            "batch_size": config.batch_size,
+            "batch_size": state["config"]["batch_size"],
             "prediction_type": config.prediction_type,
         },
         "vocabulary": sorted({sample.record["captions"][0] for sample in samples}),
@@ -478,8 +511,8 @@ def pack(preset: Preset, run: Path) -> None:
         "inference": {"dtype": "auto"},
     }
     info |= _damping(preset)
-    prior, regression = _prior(preset, run), None
     if preset.regression:
+        assert prior is not None  # or the preset would have been refused
         regression = regression_of(dataset.read_shards(run / "shards"), normalization, prior, encoder)
         info["regression"] = {name: getattr(preset, f"regression_{name}") for name in REGRESSION_SHARES}
     if config.distill_guidance:
@@ -556,6 +589,15 @@ STAGES: dict[str, Callable[[Preset, Path], None]] = {
 }
 
 
+def _check_credits(samples: list[dataset.Sample], run: Path) -> None:
+    if not samples:
+        raise InputError(f"{run / 'shards'} holds copies of objects alone: run `python -m trainer atlas` again")
+    for sample in samples:
+        missing = [key for key in ("name", "creator", "licence", "library") if not isinstance(sample.record.get(key), str)]
+        if missing:
+            raise InputError(f"{run / 'shards'}: {sample.id} has no {missing[0]}, which the credits need: make its record and atlas again")
+
+
 def _credits(samples: list[dataset.Sample]) -> str:
     """Whom to thank for the objects a model was trained on: a table of libraries, then every object."""
     known = []
@@ -592,6 +634,23 @@ def _finished(directory: Path, suffix: str, stage: str) -> list[Path]:
     if not found:
         raise InputError(f"nothing in {directory}: run `python -m trainer {stage}` first")
     return found
+
+
+def _selected(stage: str, run: Path, directory: Path, suffix: str, needs: str) -> list[Path]:
+    """Files of `_finished` without those of objects that the last `views` or `farm` did not choose: exclude, limit or licences changed."""
+    from .views import deselected
+
+    found, left_out = _finished(directory, suffix, needs), deselected(run / "views")
+    chosen = [path for path in found if path.stem not in left_out]
+    _say_left_out(stage, len(found) - len(chosen))
+    if not chosen:
+        raise InputError(f"nothing in {directory} is of objects that are chosen now: run `python -m trainer {needs}` first")
+    return chosen
+
+
+def _say_left_out(stage: str, count: int) -> None:
+    if count:
+        _say(f"{stage}: {count} objects of earlier runs are left out, since they are not chosen any more")
 
 
 def _report(stage: str, total: int, failures: dict[str, str], done: int) -> None:

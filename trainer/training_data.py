@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
 import os
-import tarfile
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +18,8 @@ from generator.atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normaliza
 from generator.errors import InputError
 from generator.model.prior import AtlasPrior
 from generator.model.text import TextEncoder
+
+from .dataset import Entry, decode, find_shards, index_shard
 
 # Features of all captions are made at once while they fit; beyond, those of each batch.
 _FEATURE_BYTES = 2 * 2**30
@@ -78,6 +79,13 @@ class TrainingData:
     def text_width(self) -> int:
         return self.unconditional.shape[-1]
 
+    @property
+    def statistics(self) -> dict[str, str]:
+        """See `statistics_of`; nothing where the values are not those of atlases."""
+        if self.decoding is None:
+            return {}
+        return statistics_of(self.decoding.layout, self.decoding.normalization, self.decoding.channels, self.prior)
+
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices of training and validation objects; an object's side depends on its id alone."""
         held_out = torch.tensor([zlib.crc32(i.encode()) % 10_000 < share * 10_000 for i in self.ids])
@@ -86,8 +94,31 @@ class TrainingData:
         return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
 
 
+def statistics_of(layout: AtlasLayout, normalization: Normalization, channels: ChannelSpec, prior: AtlasPrior | None) -> dict[str, str]:
+    """Hashes of what gives a network's values their meaning: a network that was trained with one is noise with another."""
+
+    def digest(*parts: object) -> str:
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part.detach().cpu().contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+        return found.hexdigest()
+
+    scores = normalization.normal_scores
+    curves = () if scores is None else (scores.knots, scores.scores, scores.counts)
+    # What is as usual is left out, so that a setting that does not exist yet changes no hash.
+    usual = asdict(ChannelSpec())
+    chosen = sorted((name, value) for name, value in asdict(channels).items() if value != usual[name])
+    bounds = (normalization.minimum, normalization.maximum)
+    found = {
+        "layout": layout.id,
+        "normalization": digest(normalization.layout_id, normalization.mean, normalization.std, *bounds, *curves),
+        "specification of channels": digest(chosen),
+    }
+    return found | ({} if prior is None else {"prior": digest(prior.layout_id, prior.covariance)})
+
+
 class ShardedAtlases:
-    """Atlases read from webdataset shards when they are asked for, at their place in the file.
+    """Atlases read from shards when they are asked for, at their place in the file.
 
     A shard is an uncompressed tar, so an atlas can be read without what lies before it. Any order costs the same then, and a
     run that resumes at a step reads just what that step needs, which a stream through a shuffling buffer cannot.
@@ -96,40 +127,26 @@ class ShardedAtlases:
         normalization: applied to what is read.
 
     Raises:
-        InputError: there are no shards, one is damaged, or it has another layout than the statistics.
+        InputError: there are no shards, one is damaged, or it has another layout than the statistics; when an atlas is read, that one
+            has another than the first.
     """
 
     def __init__(self, directory: str | Path, normalization: Normalization) -> None:
         self.normalization = normalization
-        self.paths = sorted(Path(directory).glob("atlases-*.tar"))
-        self.places: list[tuple[int, int, int]] = []  # shard, first byte, bytes
-        self.records: list[dict] = []
-        if not self.paths:
-            raise InputError(f"no atlases-*.tar in {directory}: run `python -m trainer atlas` first")
+        self.paths = find_shards(directory)
+        self.places: list[tuple[int, Entry]] = []  # the shard of each atlas, and its place in it
         for shard, path in enumerate(self.paths):
-            self._index(shard, path)
-        self._files: dict[tuple[int, int], io.BufferedReader] = {}
-        first = self._atlas(0) if self.places else None
-        if first and first.layout_id != normalization.layout_id:
+            self.places += [(shard, entry) for entry in index_shard(path)]
+        self.records = [entry.record for _, entry in self.places]
+        self._files: dict[tuple[int, int], io.FileIO] = {}
+        self._first: Atlas | None = None
+        self._first = self._atlas(0)
+        if self._first.layout_id != normalization.layout_id:
             raise InputError(
-                f"the shards have layout {first.layout_id}, the statistics {normalization.layout_id}: run `python -m trainer stats` again"
+                f"the shards have layout {self._first.layout_id}, the statistics {normalization.layout_id}: "
+                "run `python -m trainer stats` again"
             )
-        self.spec = first.spec if first else ChannelSpec()
-
-    def _index(self, shard: int, path: Path) -> None:
-        places, records = {}, {}
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    key, _, kind = member.name.partition(".")
-                    if kind == "safetensors":
-                        places[key] = (shard, member.offset_data, member.size)
-                    elif kind == "json":
-                        records[key] = json.loads(archive.extractfile(member).read())
-            self.places += places.values()
-            self.records += [records[key] for key in places]
-        except (tarfile.TarError, KeyError, EOFError, OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
+        self.spec = self._first.spec
 
     def __len__(self) -> int:
         return len(self.places)
@@ -138,19 +155,15 @@ class ShardedAtlases:
         return torch.stack([self.normalization.normalize(self._atlas(row).values) for row in rows])
 
     def _atlas(self, row: int) -> Atlas:
-        payload = self._bytes(row)
-        try:
-            return Atlas.decode(payload)
-        except ValueError as error:
-            path = self.paths[self.places[row][0]]
-            raise InputError(f"{path} is damaged ({error}): delete it and run `python -m trainer atlas` again") from error
+        shard, entry = self.places[row]
+        return decode(self.paths[shard], entry.id, self._bytes(row), self._first)
 
     def _bytes(self, row: int) -> bytes:
-        shard, start, size = self.places[row]
+        shard, (_, start, size, _) = self.places[row]
         # A file of its own for each process: one that was forked would share the position.
         key = (os.getpid(), shard)
         if key not in self._files:
-            self._files[key] = open(self.paths[shard], "rb", buffering=0)
+            self._files[key] = io.FileIO(self.paths[shard])
         payload = os.pread(self._files[key].fileno(), size, start)
         if len(payload) != size:
             raise InputError(f"{self.paths[shard]} ends early: it was changed while it was read")

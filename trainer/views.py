@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
 import sys
 import tempfile
 import time
+import tokenize
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,15 +21,20 @@ import numpy as np
 import torch
 
 from generator.errors import InputError, WorkError
+from generator.files import replacing
 from generator.render.cameras import FOV_DEGREES, RADIUS, Cameras
 from generator.render.ewa import LOW_PASS
 
 from .farm import for_each
+from .farm import read_records as read_journal
 from .sources import SourceObject, extract
+from .sources.objects import ARCHIVE_ERRORS
 
 RECORDS = "views.jsonl"
 SETTINGS = "views.json"
 RIGS = ("sphere", "g_objaverse")
+_ARRAYS = ("id.npy", "rgba.npy", "depth.npy", "normals.npy", "split.npy", "viewmats.npy", "Ks.npy")
+_MOST_BYTES = 2 * 2**30  # of one object's views: 200 of 1024 pixels
 _AIR = 1.04  # of the distance at which an object would touch the frame
 _REACH = 0.65  # object lengths from the centre to the farthest vertex, where no object is at hand
 
@@ -127,41 +134,73 @@ class Views:
 
     def save(self, path: str | Path) -> None:
         """Writes one compressed .npz; the file appears only when it is complete."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(
-                    file,
-                    id=np.array(self.id),
-                    rgba=self.rgba,
-                    depth=self.depth,
-                    normals=self.normals,
-                    split=self.split,
-                    viewmats=self.cameras.viewmats.numpy(),
-                    Ks=self.cameras.Ks.numpy(),
-                )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.savez_compressed(
+                file,
+                id=np.array(self.id),
+                rgba=self.rgba,
+                depth=self.depth,
+                normals=self.normals,
+                split=self.split,
+                viewmats=self.cameras.viewmats.numpy(),
+                Ks=self.cameras.Ks.numpy(),
+            )
 
     @staticmethod
     def load(path: str | Path) -> Views:
         """Reads a file that `save` wrote.
 
         Raises:
-            InputError: the file is missing, damaged or something else.
+            InputError: the file is missing or cannot be read, or (`DamagedViews`) it is damaged or something else.
         """
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as data:
-                rgba = data["rgba"]
-                cameras = Cameras(torch.from_numpy(data["viewmats"]), torch.from_numpy(data["Ks"]), rgba.shape[2], rgba.shape[1])
-                return Views(str(data["id"]), rgba, data["depth"], data["normals"], cameras, data["split"])
+            file = open(path, "rb")
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file") from error
-        except (OSError, KeyError, IndexError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: not a file of views ({error}): render it again") from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        try:
+            with file, zipfile.ZipFile(file) as archive:
+                data = _arrays(archive, path.stat().st_size)
+            rgba = data["rgba"]
+            cameras = Cameras(torch.from_numpy(data["viewmats"]), torch.from_numpy(data["Ks"]), rgba.shape[2], rgba.shape[1])
+            return Views(str(data["id"]), rgba, data["depth"], data["normals"], cameras, data["split"])
+        except MemoryError as error:
+            raise InputError(f"{path}: its views need more memory than there is") from error
+        except (*ARCHIVE_ERRORS, ArithmeticError, LookupError, SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedViews(f"{path}: not a file of views ({reason}): delete it and render it again") from error
+
+
+class DamagedViews(InputError):
+    """A file of views that no second reading would make readable."""
+
+
+def _arrays(archive: zipfile.ZipFile, most_packed: int) -> dict[str, np.ndarray]:
+    """The arrays of an .npz. What is allocated is bounded by what entries and arrays are declared to hold, which is checked first."""
+    wanted = {info.filename: info for info in archive.infolist() if info.filename in _ARRAYS}
+    if sum(info.file_size for info in wanted.values()) > _MOST_BYTES:
+        raise zipfile.BadZipFile(f"it unpacks to more than {_MOST_BYTES // 2**30} GiB")
+    found = {}
+    for name in _ARRAYS:
+        info = wanted[name]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.compress_size > most_packed:
+            raise zipfile.BadZipFile(f"{name} is packed in an unknown way, or said to be larger than the file")
+        with archive.open(info) as entry:
+            # A number of bytes bounds what is unpacked; without one zipfile unpacks first and cuts afterwards.
+            payload = bytearray(entry.read(info.file_size))
+        stream = io.BytesIO(payload)
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} is of an unknown version")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, in_columns, dtype = read_header(stream)
+        start = stream.tell()
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(payload) - start:
+            raise ValueError(f"{name} does not hold what its header says")
+        found[name.removesuffix(".npy")] = np.frombuffer(payload, dtype, offset=start).reshape(shape, order="F" if in_columns else "C")
+    return found
 
 
 def import_blender() -> None:
@@ -271,21 +310,25 @@ def views_path(directory: str | Path, identifier: str) -> Path:
 
 def read_records(directory: str | Path) -> list[dict]:
     """The records of a folder of views; the last one of an id counts, and a line cut short by a crash is left out."""
-    records: dict[str, dict] = {}
-    path = Path(directory) / RECORDS
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                records[record["id"]] = record
-            except (ValueError, KeyError, TypeError):
-                continue
-    return list(records.values())
+    return read_journal(Path(directory) / RECORDS)
+
+
+def select_records(directory: str | Path, identifiers: Iterable[str]) -> None:
+    """Note which objects of a folder are to be learned: those given, and what was imported. What was rendered before stays there."""
+    chosen = set(identifiers)
+    kept = [{**record, "selected": record["id"] in chosen or bool(record.get("imported"))} for record in read_records(directory)]
+    _write_records(Path(directory), kept)
+
+
+def deselected(directory: str | Path) -> set[str]:
+    """The ids of a folder that the last `select_records` left out."""
+    return {record["id"] for record in read_records(directory) if record.get("selected") is False}
 
 
 def add_records(directory: str | Path, records: Iterable[dict]) -> None:
     """Records of views that were not rendered here, beside those in the folder; of an id the new one counts."""
-    merged = {record["id"]: record for record in [*read_records(directory), *records]}
+    imported = [{**record, "imported": True} for record in records]
+    merged = {record["id"]: record for record in [*read_records(directory), *imported]}
     _write_records(Path(directory), merged.values())
 
 
@@ -295,9 +338,8 @@ def _write_records(directory: Path, records: Iterable[dict]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _check_settings(directory: Path, settings: ViewSettings) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import bpy
@@ -11,7 +11,11 @@ from .. import extension, problems
 from ..job import Job, State
 
 if TYPE_CHECKING:
+    from bpy.types import Operator as Mixin  # what a mixin for operators may take for granted
+
     from ..job import Progress, Work
+else:
+    Mixin = object
 
 TIMER_SECONDS = 0.1
 # How long the end of Blender or of the extension waits for the thread to see that it was cancelled.
@@ -23,7 +27,7 @@ _current: Job | None = None
 _timer: bpy.types.Timer | None = None
 
 
-class JobOperator:
+class JobOperator(Mixin):
     """Mixin, before bpy.types.Operator, for an operator whose work is a `Work(report, cancel)` of job.py.
 
     A subclass gives `work` and `finish`; `show` and `drop` where it shows something while it works. From the user interface
@@ -34,7 +38,7 @@ class JobOperator:
     job_name = "Generation"  # begins messages: "Generation cancelled"
 
     _job: Job | None = None
-    _finishing: Iterator[set[str]] | None = None
+    _finishing: Generator[set[str], None, None] | None = None
 
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         """What to do, with everything it needs from Blender already read.
@@ -47,7 +51,7 @@ class JobOperator:
         """
         raise NotImplementedError
 
-    def finish(self, context: bpy.types.Context, result: Any) -> Iterator[set[str]]:
+    def finish(self, context: bpy.types.Context, result: Any) -> Generator[set[str], None, None]:
         """A generator that brings the result into Blender; one step of it at most is run between two redraws, so that many
         objects do not block the window together. Its last yield is the operator's result, {"FINISHED"} or {"CANCELLED"}.
 
@@ -100,13 +104,15 @@ class JobOperator:
         return {"RUNNING_MODAL"}
 
     def modal(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
+        job = self._job
+        assert job is not None  # invoke has started it
         if event.type == "ESC" and event.value == "PRESS":
-            self._job.cancel()
+            job.cancel()
             return {"RUNNING_MODAL"}
         if event.type != "TIMER":
             return {"PASS_THROUGH"}
         try:
-            return self._step(context)
+            return self._step(context, job)
         except Exception as error:
             self._end(context)
             return self._fail(context, error)
@@ -117,9 +123,8 @@ class JobOperator:
             self._job.cancel()
         self._end(context)
 
-    def _step(self, context: bpy.types.Context) -> set[str]:
+    def _step(self, context: bpy.types.Context, job: Job) -> set[str]:
         if self._finishing is None:
-            job = self._job
             progress = job.poll()
             if progress:
                 self.show(context, progress)
@@ -131,7 +136,7 @@ class JobOperator:
                 return {"PASS_THROUGH"}
             result = job.result if job.state is State.DONE else self.salvage(context)
             self.drop(context)
-            if job.state is State.FAILED:
+            if job.error is not None:
                 self._fail(context, job.error)
             elif job.state is State.CANCELLED:
                 self.report({"INFO"}, f"{self.job_name} cancelled")

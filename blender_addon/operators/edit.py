@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,10 +17,11 @@ from ...generator.errors import InputError
 from .. import edits, extension, generation, properties, splat_object
 from ..generation import SEED_MAX, Provenance, Request
 from ..splat_object import cells, layout, morph
-from .base import JobOperator
+from .base import JobOperator, Mixin
 from .generate import SPACING, NewObjects, select, tell
 
 if TYPE_CHECKING:
+    from ...generator.atlas import AtlasLayout
     from ..generation import Generated
     from ..job import Work
 
@@ -42,11 +43,12 @@ def source_of(object: bpy.types.Object) -> tuple[Provenance, edits.Current]:
     """
     if problem := problem_of(object):
         raise InputError(f"{object.name if object else 'nothing'!r}: {problem[0].lower()}{problem[1:]}")
-    provenance = properties.stored_provenance(object)
-    return provenance, edits.Current(morph.current(object), cells.stored(object), provenance.low_pass)
+    provenance, own = properties.stored_provenance(object), cells.stored(object)
+    assert provenance is not None and own is not None  # which would be a problem
+    return provenance, edits.Current(morph.current(object), own, provenance.low_pass)
 
 
-class EditOperator:
+class EditOperator(Mixin):
     """Mixin: the settings of an edit, which are those that made the object unless others are given."""
 
     def request(self, context: bpy.types.Context, provenance: Provenance, edit: edits.Edit, seed: int, count: int) -> Request:
@@ -122,14 +124,17 @@ class InpaintOperator(EditOperator, JobOperator, bpy.types.Operator):
     prompt: StringProperty(name="Prompt")
     volume: StringProperty(name="Volume", description="Name of the object whose box chooses; by default another selected one")
 
-    # Without annotations: Blender evaluates every one of an operator's.
+    # Blender evaluates every annotation of an operator: what they name is imported at run time.
     _object = ""
-    _provenance = None
+    _provenance: Provenance | None = None
 
     @classmethod
     def poll(cls, context: bpy.types.Context) -> bool:
         object = context.active_object
         problem = problem_of(object)
+        # What is changed in a linked object is lost with the session.
+        if not problem and (object.library is not None or object.data.library is not None):
+            problem = "The active object is linked from another file: make it local to regenerate its splats"
         if not problem and morph.modifier_of(object):
             problem = "A morph has no splats of its own: choose one of its objects"
         if problem:
@@ -146,14 +151,14 @@ class InpaintOperator(EditOperator, JobOperator, bpy.types.Operator):
         self._object, self._provenance = object.name, provenance
         return partial(generation.generate, request)
 
-    def finish(self, context: bpy.types.Context, results: list[Generated]) -> Iterator[set[str]]:
+    def finish(self, context: bpy.types.Context, results: list[Generated]) -> Generator[set[str], None, None]:
         (result,) = results
         object = bpy.data.objects.get(self._object)
-        if object is None or properties.stored_provenance(object) != self._provenance:
+        of_row = None if object is None else cells.stored(object)
+        if of_row is None or properties.stored_provenance(object) != self._provenance:
             raise InputError(f"{self._object!r} was deleted or changed while its splats were made")
         edited = np.zeros(len(result.gaussians), bool)
         edited[edits.Edit.from_json(result.provenance.edit).cells] = True
-        of_row = cells.stored(object)
         rows = np.nonzero((of_row >= 0) & edited[of_row])[0]
         new = splat_object.to_values(result.gaussians, object.name)
         values = layout.extract(object.data)
@@ -205,7 +210,7 @@ class MorphOperator(bpy.types.Operator):
         return True
 
     def execute(self, context: bpy.types.Context) -> set[str]:
-        from ...generator.atlas import AtlasLayout, in_cells
+        from ...generator.atlas import in_cells
 
         pair = _pair(context)
         try:
@@ -216,7 +221,7 @@ class MorphOperator(bpy.types.Operator):
                 ends.append(current)
             if sources[0].layout_id != sources[1].layout_id:
                 raise InputError("the two objects were made by models of different layouts: their splats do not correspond")
-            table = _layout_of(sources[0].layout_id, AtlasLayout)
+            table = _layout_of(sources[0].layout_id)
             import torch
 
             first, second = (in_cells(end.gaussians, torch.from_numpy(end.cells), table) for end in ends)
@@ -241,17 +246,17 @@ def _pair(context: bpy.types.Context) -> list[bpy.types.Object]:
     return [others[0], active] if len(found) == 2 and len(others) == 1 else []
 
 
-def _layout_of(layout_id: str, kind: type) -> object:
+def _layout_of(layout_id: str) -> AtlasLayout:
     """The stored layout of an id.
 
     Raises:
         InputError: none has it: the object belongs to a model with a layout of its own.
     """
-    from ...generator.atlas import PROJECTIONS
+    from ...generator.atlas import PROJECTIONS, AtlasLayout
 
     for projection in PROJECTIONS:
         for size in (32, 64, 128):
-            found = kind.load_default(size, projection)
+            found = AtlasLayout.load_default(size, projection)
             if found.id == layout_id:
                 return found
     raise InputError(f"no stored layout has the id {layout_id}: the objects were made by a model with a layout of its own")

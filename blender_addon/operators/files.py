@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from math import isqrt
 from pathlib import Path
 
 import bpy
@@ -76,6 +77,7 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
     def _read(self, context: bpy.types.Context, path: Path) -> tuple[bpy.types.Object, list[str]]:
         """The object of a file, and what was left out of it."""
         from ...generator import formats
+        from ...generator.formats.raw import RowsDropped
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -93,7 +95,9 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
         object.gaussian_atlas.file = _text(path)
         if provenance:
             properties.store_provenance(object, provenance)
-            if provenance.layout_id and up == "Z":
+            # Row i is cell i only of a whole atlas, which is square.
+            whole = isqrt(len(gaussians)) ** 2 == len(gaussians) and not any(issubclass(w.category, RowsDropped) for w in caught)
+            if provenance.layout_id and up == "Z" and whole:
                 cells.number(object)
         return object, notes
 
@@ -137,7 +141,7 @@ class ExportSplatsOperator(bpy.types.Operator, ExportHelper):
 
     def invoke(self, context: bpy.types.Context, event: bpy.types.Event) -> set[str]:
         if not self.filepath:
-            self.filepath = bpy.path.clean_name(context.active_object.name) + self.filename_ext
+            self.filepath: str = bpy.path.clean_name(context.active_object.name) + self.filename_ext
         return ExportHelper.invoke(self, context, event)
 
     def execute(self, context: bpy.types.Context) -> set[str]:

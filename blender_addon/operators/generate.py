@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
@@ -73,31 +73,31 @@ def tell(operator: bpy.types.Operator, results: Sequence[Generated]) -> None:
 class NewObjects(JobOperator):
     """Mixin for operators that make objects: seen while they are sampled, then placed and selected."""
 
-    # Without annotations: Blender evaluates every one of an operator's.
-    _done = ()  # the run's objects so far, as Generated
-    _origin = (0.0, 0.0, 0.0)  # where the run stands, Blender units
-    _offsets = ()  # of each object from there
-    _request = None  # what runs, where it runs in a thread: what it teaches is kept
+    # Blender evaluates every annotation of an operator: what they name is imported at run time.
+    _done: Sequence[generation.Generated] = ()  # the run's objects so far
+    _origin: Sequence[float] = (0.0, 0.0, 0.0)  # where the run stands, Blender units
+    _offsets: Sequence[Sequence[float]] = ()  # of each object from there
+    _request: Request | None = None  # what runs, where it runs in a thread: what it teaches is kept
 
     def place_at(self, origin: Sequence[float], offsets: list[tuple[float, float, float]]) -> None:
         """Begin a run; `work` calls it."""
-        self._done, self._origin, self._offsets = [], tuple(origin), offsets
+        self._done, self._origin, self._offsets = (), tuple(origin), offsets
 
     def show(self, context: bpy.types.Context, progress: list[Progress]) -> None:
         # Of each object only the last look that has arrived.
         for preview in {news.preview.index: news.preview for news in progress if news.preview}.values():
             overlay.show(context.scene, preview, [a + b for a, b in zip(self._origin, self._offsets[preview.index], strict=True)])
             if preview.result:
-                self._done.append(preview.result)
+                self._done = [*self._done, preview.result]
 
     def drop(self, context: bpy.types.Context) -> None:
         overlay.clear()
 
-    def salvage(self, context: bpy.types.Context) -> list[Generated] | None:
+    def salvage(self, context: bpy.types.Context) -> Sequence[Generated] | None:
         """Objects of a run that were complete before it was stopped: they took their time and stay."""
         return self._done or None
 
-    def finish(self, context: bpy.types.Context, results: list[Generated]) -> Iterator[set[str]]:
+    def finish(self, context: bpy.types.Context, results: Sequence[Generated]) -> Generator[set[str], None, None]:
         names = []
         for object in place(context, results, self._offsets, self._origin):
             names.append(object.name)
@@ -201,6 +201,7 @@ class RegenerateOperator(bpy.types.Operator):
 
     def _arguments(self, context: bpy.types.Context) -> dict:
         provenance = properties.stored_provenance(context.active_object)
+        assert provenance is not None  # says poll
         arguments = {name: getattr(provenance, name) for name in ("prompt", "negative_prompt", "seed", "steps", "guidance")}
         settings = context.scene.gaussian_atlas
         settings.randomize_seed = False

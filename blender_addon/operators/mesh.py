@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import bpy
 from bpy.props import FloatProperty, IntProperty
 
+from ...generator.errors import Cancelled
 from .. import mesh, splat_object
 from ..job import Work
 from .base import JobOperator
@@ -64,20 +65,27 @@ class ToMeshOperator(JobOperator, bpy.types.Operator):
     def work(self, context: bpy.types.Context, interactive: bool) -> Work:
         object = context.active_object
         gaussians = splat_object.current(object)
-        self._source = (object.name, object.matrix_world.copy(), context.collection)
+        # By name: the collection may be removed, or undo may replace it, while the work runs.
+        self._source = (object.name, object.matrix_world.copy(), context.collection.name)
         self._options = mesh.Options(self.resolution, self.threshold, self.fill, self.smooth, self.faces, self.keep)
 
         def work(report, cancel):
+            def check() -> None:
+                if cancel.is_set():
+                    raise Cancelled("the conversion was cancelled")
+
             report("Sampling density")
-            return mesh.prepare(gaussians, self._options)
+            return mesh.prepare(gaussians, self._options, check)
 
         return work
 
-    def finish(self, context: bpy.types.Context, result: mesh.Solid) -> Iterator[set[str]]:
+    def finish(self, context: bpy.types.Context, result: mesh.Solid) -> Generator[set[str], None, None]:
         name, matrix, collection = self._source
         made = bpy.data.objects.new(f"{name} mesh", mesh.build(result, name, self._options))
         made.matrix_world = matrix
-        collection.objects.link(made)
+        # The active collection is none until Blender has noticed that the one before was removed.
+        home = bpy.data.collections.get(collection) or context.collection or context.scene.collection
+        home.objects.link(made)
         select(context, [made])
         self.report({"INFO"}, f"{made.name}: {len(made.data.polygons):,} faces")
         yield {"FINISHED"}

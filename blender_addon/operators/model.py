@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ class InstallModelOperator(JobOperator, bpy.types.Operator):
         source = bpy.path.abspath(self.filepath) if self.filepath.startswith("//") else self.filepath
         return partial(models.install, source, extension.models_folder(), online=bpy.app.online_access)
 
-    def finish(self, context: bpy.types.Context, model: Installed) -> Iterator[set[str]]:
+    def finish(self, context: bpy.types.Context, model: Installed) -> Generator[set[str], None, None]:
         if self.choose:
             _choose(context, str(model.folder))
         self.report({"INFO"}, f"Installed {model.info.title}")

@@ -25,10 +25,12 @@ class RenderSettingsOperator(bpy.types.Operator):
         return "\n".join(["Set what splats need; the old values are kept:", *map(str, changes)]) if changes else "Nothing to change"
 
     def execute(self, context: bpy.types.Context) -> set[str]:
-        changes = (render_settings.restore if self.restore else render_settings.apply)(context.scene)
+        changes, refused = render_settings.restore(context.scene) if self.restore else (render_settings.apply(context.scene), [])
         for change in changes:
             self.report({"INFO"}, str(change))
-        if not changes:
+        for line in refused:
+            self.report({"WARNING"}, line)
+        if not changes and not refused:
             self.report({"INFO"}, "Render settings: nothing to change")
         return {"FINISHED"}
 

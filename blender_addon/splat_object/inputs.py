@@ -139,7 +139,7 @@ def finish_menus(group: bpy.types.NodeTree, table: tuple[Input, ...] = TABLE) ->
     """Set the defaults of the menus, whose items come from the nodes that they are linked to."""
     for entry in table:
         if entry.is_menu:
-            _socket(group, entry.name).default_value = entry.default
+            _own_socket(group, entry.name).default_value = entry.default
 
 
 def names(modifier: bpy.types.Modifier) -> Iterator[str]:
@@ -160,30 +160,37 @@ def place(modifier: bpy.types.Modifier, name: str) -> tuple[bpy.types.bpy_struct
     Raises:
         InputError: the modifier's group has no such input.
     """
-    socket = _socket(modifier.node_group, name)
-    if socket is None:
-        raise InputError(f"node group {modifier.node_group.name!r} has no input {name!r}")
+    socket = _own_socket(modifier.node_group, name)
     if hasattr(modifier, "properties"):
         return getattr(modifier.properties.inputs, socket.identifier), "value"
     return modifier, f'["{socket.identifier}"]'
 
 
 def data_path(modifier: bpy.types.Modifier, name: str) -> str:
-    """An input's path from its object, as F-curves and drivers have it."""
-    socket = _socket(modifier.node_group, name)
+    """An input's path from its object, as F-curves and drivers have it.
+
+    Raises:
+        InputError: the modifier's group has no such input.
+    """
+    socket = _own_socket(modifier.node_group, name)
     tail = f".properties.inputs.{socket.identifier}.value" if hasattr(modifier, "properties") else f'["{socket.identifier}"]'
     return f'modifiers["{bpy.utils.escape_identifier(modifier.name)}"]{tail}'
 
 
 def get_value(modifier: bpy.types.Modifier, name: str) -> Any:
-    """An input's value; a menu's is the item's name."""
+    """An input's value; a menu's is the item's name.
+
+    Raises:
+        InputError: the modifier's group has no such input.
+    """
     owner, path = place(modifier, name)
     if path == "value":
         return owner.value
     value = owner[path[2:-2]]
-    if _socket(modifier.node_group, name).socket_type == "NodeSocketMenu":
+    kind = _own_socket(modifier.node_group, name).socket_type
+    if kind == "NodeSocketMenu":
         return DISPLAYS[value]
-    return bool(value) if _socket(modifier.node_group, name).socket_type == "NodeSocketBool" else value
+    return bool(value) if kind == "NodeSocketBool" else value
 
 
 def set_value(modifier: bpy.types.Modifier, name: str, value: Any) -> None:
@@ -196,7 +203,7 @@ def set_value(modifier: bpy.types.Modifier, name: str, value: Any) -> None:
     if path == "value":
         owner.value = value
     else:
-        is_menu = _socket(modifier.node_group, name).socket_type == "NodeSocketMenu"
+        is_menu = _own_socket(modifier.node_group, name).socket_type == "NodeSocketMenu"
         owner[path[2:-2]] = DISPLAYS.index(value) if is_menu else value
     modifier.id_data.update_tag()
 
@@ -222,3 +229,10 @@ def is_animated(modifier: bpy.types.Modifier, name: str) -> bool:
 
 def _socket(group: bpy.types.NodeTree, name: str) -> bpy.types.NodeTreeInterfaceSocket | None:
     return next((i for i in group.interface.items_tree if i.item_type == "SOCKET" and i.in_out == "INPUT" and i.name == name), None)
+
+
+def _own_socket(group: bpy.types.NodeTree, name: str) -> bpy.types.NodeTreeInterfaceSocket:
+    socket = _socket(group, name)
+    if socket is None:
+        raise InputError(f"node group {group.name!r} has no input {name!r}")
+    return socket

@@ -66,7 +66,7 @@ def version(group: bpy.types.NodeTree | None) -> int:
     if group is None or group.bl_idname != "GeometryNodeTree":
         return 0
     if _VERSION in group:
-        return int(group[_VERSION])
+        return group[_VERSION] if isinstance(group[_VERSION], int) else 0
     # The first version had no number: its name and one of its inputs tell. A second one in a file ends in .001.
     is_first = group.name.partition(".")[0] == NAME and any(item.name == inputs.SPLAT_SIZE for item in group.interface.items_tree)
     return 1 if is_first else 0

@@ -99,7 +99,7 @@ def transformed(gaussians: Gaussians, matrix: np.ndarray) -> Gaussians:
     """
     import torch
 
-    from ...generator.gaussians import quaternions_to_matrices
+    from ...generator.gaussians import matrices_to_quaternions, quaternions_to_matrices
 
     affine = torch.from_numpy(matrix)
     linear, offset = affine[:3, :3], affine[:3, 3]
@@ -119,31 +119,9 @@ def transformed(gaussians: Gaussians, matrix: np.ndarray) -> Gaussians:
     axes = axes * torch.where(torch.linalg.det(axes) < 0, -1.0, 1.0)[:, None, None]
     return gaussians.replace(
         means=means.to(gaussians.means.dtype),
-        quaternions=_matrices_to_quaternions(axes).to(gaussians.means.dtype),
+        quaternions=matrices_to_quaternions(axes).to(gaussians.means.dtype),
         scales=scales.to(gaussians.means.dtype),
     )
-
-
-def _matrices_to_quaternions(matrices):
-    """Unit quaternions [N, 4] (w, x, y, z) of rotation matrices [N, 3, 3]: the largest of the four is taken first (Shepperd 1978)."""
-    import torch
-
-    m = matrices
-    trace = m.diagonal(dim1=1, dim2=2).sum(1)
-    squares = torch.stack([trace, m[:, 0, 0], m[:, 1, 1], m[:, 2, 2]], dim=1)
-    off = torch.stack([m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]], dim=1)
-    both = torch.stack([m[:, 1, 0] + m[:, 0, 1], m[:, 2, 0] + m[:, 0, 2], m[:, 2, 1] + m[:, 1, 2]], dim=1)  # xy, xz, yz
-    rows = torch.stack(
-        [
-            torch.stack([1 + trace, off[:, 0], off[:, 1], off[:, 2]], dim=1),
-            torch.stack([off[:, 0], 1 + 2 * m[:, 0, 0] - trace, both[:, 0], both[:, 1]], dim=1),
-            torch.stack([off[:, 1], both[:, 0], 1 + 2 * m[:, 1, 1] - trace, both[:, 2]], dim=1),
-            torch.stack([off[:, 2], both[:, 1], both[:, 2], 1 + 2 * m[:, 2, 2] - trace], dim=1),
-        ],
-        dim=1,
-    )
-    best = rows[torch.arange(len(m)), squares.argmax(1)]
-    return torch.nn.functional.normalize(best, dim=1)
 
 
 def _new_cloud(name: str, count: int) -> bpy.types.PointCloud:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import bpy
+
+# Values or sockets by an input's name or index: in three parts because a Mapping is invariant in its keys.
+Inputs = Mapping[str, Any] | Mapping[int, Any] | Mapping[str | int, Any]
 
 
 class Tree:
@@ -13,7 +17,7 @@ class Tree:
     def __init__(self, tree: bpy.types.NodeTree) -> None:
         self.tree = tree
 
-    def node(self, kind: str, inputs: dict[str | int, Any] | None = None, **settings: Any) -> bpy.types.Node:
+    def node(self, kind: str, inputs: Inputs | None = None, **settings: Any) -> bpy.types.Node:
         """A node of a type; `inputs` by name or index, `settings` are the node's own properties."""
         node = self.tree.nodes.new(kind)
         for name, value in settings.items():
@@ -34,7 +38,7 @@ class Tree:
 
     def vector(self, operation: str, *operands: Any) -> bpy.types.NodeSocket:
         """The Vector Math node; a scalar where the operation gives one. SCALE takes (vector, number)."""
-        keys = (0, "Scale") if operation == "SCALE" else range(len(operands))
+        keys: Iterable[str | int] = (0, "Scale") if operation == "SCALE" else range(len(operands))
         node = self.node("ShaderNodeVectorMath", dict(zip(keys, operands, strict=True)), operation=operation)
         return next(output for output in node.outputs if output.enabled)
 

@@ -144,11 +144,12 @@ class NormalizationAccumulator:
     def __init__(self, layout_id: str, normal_scores: NormalScores | None = None) -> None:
         self.layout_id = layout_id
         self.normal_scores = normal_scores
-        self.count = 0
-        self._mean: Tensor | None = None  # [16, size, size]
-        self._squares: Tensor | None = None  # [16, size, size], summed squared deviations
-        self._minimum: Tensor | None = None  # [16]
-        self._maximum: Tensor | None = None  # [16]
+        self._seen: _Moments | None = None
+
+    @property
+    def count(self) -> int:
+        """Atlases so far."""
+        return 0 if self._seen is None else self._seen.count
 
     def update(self, values: Tensor) -> None:
         """Add raw values [16, size, size], or a batch of them [B, 16, size, size].
@@ -157,13 +158,10 @@ class NormalizationAccumulator:
             InputError: the shape is not that of the atlases before, or a number is not finite.
         """
         batch = _batch(values)
-        other = NormalizationAccumulator(self.layout_id, self.normal_scores)
-        other.count = len(batch)
-        other._minimum, other._maximum = batch.amin((0, 2, 3)), batch.amax((0, 2, 3))
+        ends = batch.amin((0, 2, 3)), batch.amax((0, 2, 3))
         batch = batch if self.normal_scores is None else self.normal_scores.apply(batch)
-        other._mean = batch.mean(0)
-        other._squares = (batch - other._mean).square().sum(0)
-        self.merge(other)
+        mean = batch.mean(0)
+        self._add(_Moments(len(batch), mean, (batch - mean).square().sum(0), *ends))
 
     def merge(self, other: NormalizationAccumulator) -> None:
         """Add everything that another accumulator of the same layout has seen."""
@@ -171,22 +169,11 @@ class NormalizationAccumulator:
             raise InputError(f"cannot merge statistics of layout {other.layout_id} into those of {self.layout_id}")
         if not _equal(other.normal_scores, self.normal_scores):
             raise InputError("cannot merge statistics that were computed with other normal scores")
-        if other.count == 0:
-            return
-        if self.count == 0:
-            self.count = other.count
-            self._mean, self._squares = other._mean, other._squares
-            self._minimum, self._maximum = other._minimum, other._maximum
-            return
-        if other._mean.shape != self._mean.shape:
-            raise InputError(f"values are {list(other._mean.shape)}, those before were {list(self._mean.shape)}")
-        total = self.count + other.count
-        delta = other._mean - self._mean
-        self._mean = self._mean + delta * (other.count / total)
-        self._squares = self._squares + other._squares + delta.square() * (self.count * other.count / total)
-        self._minimum = torch.minimum(self._minimum, other._minimum)
-        self._maximum = torch.maximum(self._maximum, other._maximum)
-        self.count = total
+        if other._seen is not None:
+            self._add(other._seen)
+
+    def _add(self, more: _Moments) -> None:
+        self._seen = more if self._seen is None else self._seen.merged(more)
 
     def result(self, kind: str = "cell", floor: float = 1e-3, relative_floor: float = 0.1) -> Normalization:
         """The statistics so far.
@@ -201,15 +188,45 @@ class NormalizationAccumulator:
             InputError: nothing was added, or the kind is unknown.
         """
         _check_kind(kind)
-        if self.count == 0:
+        seen = self._seen
+        if seen is None:
             raise InputError("no atlases to compute statistics of")
-        mean = self._mean.mean((1, 2), keepdim=True)
-        variance = (self._squares / self.count + (self._mean - mean).square()).mean((1, 2), keepdim=True)
+        mean = seen.mean.mean((1, 2), keepdim=True)
+        variance = (seen.squares / seen.count + (seen.mean - mean).square()).mean((1, 2), keepdim=True)
         std = variance.sqrt().clamp_min(floor)
         if kind == "cell":
-            mean, std = self._mean, torch.maximum((self._squares / self.count).sqrt(), relative_floor * std).clamp_min(floor)
-        ends = self._minimum.float(), self._maximum.float()
+            mean, std = seen.mean, torch.maximum((seen.squares / seen.count).sqrt(), relative_floor * std).clamp_min(floor)
+        ends = seen.minimum.float(), seen.maximum.float()
         return Normalization(mean.float(), std.float(), *ends, kind, self.layout_id, self.normal_scores)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Of one atlas or more, float64."""
+
+    count: int
+    mean: Tensor  # [16, size, size]
+    squares: Tensor  # [16, size, size], summed squared deviations
+    minimum: Tensor  # [16]
+    maximum: Tensor  # [16]
+
+    def merged(self, other: _Moments) -> _Moments:
+        """Of the atlases of both.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        if other.mean.shape != self.mean.shape:
+            raise InputError(f"values are {list(other.mean.shape)}, those before were {list(self.mean.shape)}")
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        return _Moments(
+            total,
+            self.mean + delta * (other.count / total),
+            self.squares + other.squares + delta.square() * (self.count * other.count / total),
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
+        )
 
 
 class NormalScoresAccumulator:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gaussians import quaternions_to_matrices
+from ..gaussians import matrices_to_quaternions, quaternions_to_matrices
 
 _EQUAL_SCALES = 1e-5  # relative difference below which two axes count as equal, so that the spin in their plane is free
 _EQUAL_LOGS = 1e-4  # difference of log scales below which the turn between two axes counts as undetermined
@@ -78,7 +78,7 @@ def _read_log_covariance(values: Tensor) -> tuple[Tensor, Tensor]:
     turn = [_divide(inside[:, i, j], first - second) for i, j, first, second in (
         (1, 2, middle, high), (0, 2, high, low), (0, 1, low, middle),
     )]  # fmt: skip
-    quaternions = _multiply(_matrices_to_quaternions(axes), torch.stack([torch.ones_like(low), *(angle / 2 for angle in turn)], dim=1))
+    quaternions = _multiply(matrices_to_quaternions(axes), torch.stack([torch.ones_like(low), *(angle / 2 for angle in turn)], dim=1))
     # The thin scale is told twice, alike by every real shape. Of a blurred one the tensor is too thick, for unlike directions mixed in
     # it, and the channel too thin for a direction that unsure; halfway between lost least. The volume stays.
     mean = (2 * wide + thin) / 3
@@ -192,20 +192,3 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
 def _divide(value: Tensor, gap: Tensor) -> Tensor:
     """value / gap, and 0 instead of infinity where the gap is 0."""
     return value * gap / (gap.square() + _EQUAL_LOGS**2)
-
-
-def _matrices_to_quaternions(matrices: Tensor) -> Tensor:
-    """Unit quaternions [N, 4] (w, x, y, z) of rotation matrices [N, 3, 3] (Shepperd 1978: the largest component first)."""
-    m = matrices.flatten(1)
-    xx, yy, zz = m[:, 0], m[:, 4], m[:, 8]
-    x, y, z = m[:, 7] - m[:, 5], m[:, 2] - m[:, 6], m[:, 3] - m[:, 1]
-    xy, xz, yz = m[:, 3] + m[:, 1], m[:, 2] + m[:, 6], m[:, 7] + m[:, 5]
-    # Four times the outer product of the quaternion with itself; each row is the quaternion, times one of its components.
-    outer = torch.stack([
-        1 + xx + yy + zz, x, y, z,
-        x, 1 + xx - yy - zz, xy, xz,
-        y, xy, 1 - xx + yy - zz, yz,
-        z, xz, yz, 1 - xx - yy + zz,
-    ], dim=1).reshape(-1, 4, 4)  # fmt: skip
-    largest = outer.diagonal(dim1=1, dim2=2).argmax(1)
-    return torch.nn.functional.normalize(outer[torch.arange(len(m), device=m.device), largest], dim=1)

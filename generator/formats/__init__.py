@@ -108,7 +108,7 @@ class _readable:
         self.path = path
 
     def __enter__(self) -> None:
-        if not self.path.exists():
+        if not os.path.exists(self.path):  # unlike Path.exists, also for names that no file system takes
             raise InputError(f"{self.path} does not exist")
         if not self.path.is_file():
             raise InputError(f"{self.path} is not a file")

@@ -112,10 +112,10 @@ def _read_compressed(path: Path, elements: dict[str, np.ndarray]) -> Gaussians:
     Positions, log scales and colours (chunks of old files limit no colours) lie between min_* and max_* of the vertex's chunk.
     A rotation leaves out its largest component, named by the first two bits in the order (w, x, y, z).
     """
-    vertices, chunks = elements["vertex"], elements.get("chunk")
+    vertices, chunks = elements["vertex"], elements.get("chunk", np.empty(0))
     packed = ("packed_position", "packed_rotation", "packed_scale", "packed_color")
     limits = [f"{end}_{name}" for name in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max")]
-    found = set(chunks.dtype.names or ()) if chunks is not None else set()
+    found = set(chunks.dtype.names or ())
     if missing := [name for name in packed if name not in (vertices.dtype.names or ())] + [name for name in limits if name not in found]:
         raise InputError(f"{path} is not a complete compressed PLY: it lacks {', '.join(missing[:4])}")
     if len(chunks) * _GROUP < len(vertices):

@@ -54,6 +54,10 @@ def scales_from_logs(logs: np.ndarray) -> np.ndarray:
     return np.exp(np.clip(logs, *LOG_SCALE_LIMITS))
 
 
+class RowsDropped(UserWarning):
+    """Some of a file's Gaussians were left out: Gaussian i is not the file's row i any more, so it need not be cell i of an atlas."""
+
+
 def warn_of_higher_bands(path: object, degree: int) -> None:
     """Say that a file's view-dependent colour is left out; to be called only where it holds some."""
     warnings.warn(f"{path}: colour that depends on the view (spherical harmonics of degree {degree}) is left out", stacklevel=2)
@@ -80,7 +84,7 @@ def assemble(
     """Gaussians (float32, CPU) of activated columns read from the file `path`.
 
     Quaternions are normalised (a zero one becomes the identity), opacities and colours clamped to 0..1. Rows with numbers
-    that are not finite or do not fit in float32 are dropped with a warning.
+    that are not finite or do not fit in float32 are dropped with a warning (RowsDropped).
 
     Raises:
         InputError: no row is left.
@@ -99,7 +103,8 @@ def assemble(
     if not keep.any():
         raise InputError(f"{path}: none of its {count} Gaussians has finite numbers; it is not a usable splat file")
     if not keep.all():
-        warnings.warn(f"{path}: dropped {count - int(keep.sum())} of {count} Gaussians with numbers that are not finite", stacklevel=2)
+        message = f"{path}: dropped {count - int(keep.sum())} of {count} Gaussians with numbers that are not finite"
+        warnings.warn(message, RowsDropped, stacklevel=2)
         table = table[keep]
     tensor = torch.from_numpy(np.ascontiguousarray(table))
     means_, quaternions_, scales_, opacities_, colors_ = tensor.split([3, 4, 3, 1, 3], dim=1)

@@ -7,7 +7,8 @@ stream for each array. Version 2 keeps x, y, z of a rotation (about a degree), 3
 Sizes are kept to 3 %, colours to 0.4 %.
 
 Axes: the format defines its own (right, up, back) and takes those of a PLY to be (right, down, front). So an .spz holds the
-object of the .ply turned by half a turn about X, and Niantic's library and splat-transform convert one into the other.
+object of the .ply turned by half a turn about X. Niantic's library turns it too when it is told the axes; many programs copy the
+numbers as they are (docs/formats.md). A record behind the arrays, or before them in version 4, may state other axes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _HEADER_4 = struct.Struct("<4sIIBBBBI12x")  # ... flags, number of streams, offs
 _MAGIC = b"NGSP"
 VERSIONS = (2, 3, 4)
 DEFAULT_VERSION = 2
-# Flag and type of the version 4 extension that names the axes of the data; absent, they are right, up, back.
+# Flag and type of the extension that names the axes of the data; absent, they are right, up, back.
 _HAS_EXTENSIONS, _AXES_RECORD = 0x2, 0xADBE0003
-# Its values 1 to 8: what the signs of the format's own (right, up, back) become.
+# Its values 1 to 8: what the signs of the format's own (right, up, back) become. Those of 9 to 16 are the same, and then Y and Z swap.
+_RIGHT_UP_BACK = 4
 _AXES = {1: (-1, -1, 1), 2: (1, -1, 1), 3: (-1, 1, 1), 4: (1, 1, 1), 5: (-1, -1, -1), 6: (1, -1, -1), 7: (-1, 1, -1), 8: (1, 1, -1)}
 _COLOR_SCALE = 0.15  # SH coefficients within +-3.33 fit in a byte
 # 16 bits behind the point resolve 1.5e-5 of a unit object; readers' default is 12.
@@ -44,6 +46,8 @@ _HALF_TURN = np.array([1.0, -1.0, -1.0])
 _DEFLATE_LIMIT = 1040
 # zstd has no such limit: many Gaussians that are all alike shrink to nothing. This many bytes are unpacked from however few.
 _ALIKE_LIMIT = 1 << 24
+# Records are a few bytes each; what comes behind this is not read.
+_RECORDS_LIMIT = 1 << 16
 
 
 def write(gaussians: Gaussians, path: Path, version: int = DEFAULT_VERSION) -> None:
@@ -93,23 +97,30 @@ def read(path: Path) -> Gaussians:
     """Read version 2, 3 or 4 with any SH degree, of which only degree 0 is kept, with a warning.
 
     Raises:
-        InputError: not an .spz file, truncated, absurd, of another version, or in axes that swap Y and Z.
+        InputError: not an .spz file, truncated, absurd, of another version, or in unknown axes.
     """
     with open(path, "rb") as stream:
         start = stream.read(4)
     if not start:
         raise InputError(f"{path} is empty")
-    version, count, degree, bits, arrays, signs = _arrays_4(path) if start == _MAGIC else _arrays_of_gzip(path)
+    version, count, degree, bits, arrays, stated = _arrays_4(path) if start == _MAGIC else _arrays_of_gzip(path)
     positions, alphas, colors, scales, rotations = (np.frombuffer(data, np.uint8).reshape(count, -1) for data in arrays[:5])
     if any(byte != 128 for byte in set(arrays[5])):
         raw.warn_of_higher_bands(path, degree)
     quaternions = _unpack_vector(rotations) if version == 2 else _unpack_smallest_three(rotations)
+    means = _fixed_to_float(positions.reshape(count, 3, 3), bits)
     # From the file's axes to the format's, then to ours. A mirror image turns about the same axes the other way.
-    turn = np.array(signs) * _HALF_TURN
-    quaternions[:, 1:] *= turn * turn.prod()
+    signs = np.array(_AXES[(stated - 1) % 8 + 1], dtype=np.float64)
+    means, quaternions[:, 1:] = means * signs, quaternions[:, 1:] * signs * signs.prod()
+    if stated > 8:
+        # A quarter turn about X; what is read may have any length.
+        means = np.stack([means[:, 0], means[:, 2], -means[:, 1]], axis=1)
+        w, x, y, z = quaternions.T
+        quaternions = np.stack([w + x, x - w, y + z, z - y], axis=1)
+    quaternions[:, 1:] *= _HALF_TURN
     return raw.assemble(
         path,
-        means=_fixed_to_float(positions.reshape(count, 3, 3), bits) * turn,
+        means=means * _HALF_TURN,
         quaternions=quaternions,
         scales=raw.scales_from_logs(scales / 16.0 - 10.0),
         opacities=alphas[:, 0] / 255.0,
@@ -118,14 +129,14 @@ def read(path: Path) -> Gaussians:
 
 
 def _arrays_of_gzip(path: Path) -> tuple:
-    """Version, count, SH degree, fractional bits, the six arrays as bytes, and the signs of the axes, of version 2 or 3."""
+    """Version, count, SH degree, fractional bits, the six arrays as bytes, and the number of the axes, of version 2 or 3."""
     size = path.stat().st_size
     try:
         with gzip.open(path) as stream:
             header = stream.read(_HEADER.size)
             if len(header) < _HEADER.size or header[:4] != _MAGIC:
                 raise InputError(f'{path} is not an .spz file: it lacks the mark "NGSP"')
-            _, version, count, degree, bits, _, _ = _HEADER.unpack(header)
+            _, version, count, degree, bits, flags, _ = _HEADER.unpack(header)
             if version not in (2, 3):
                 raise InputError(f"{path} is .spz version {version}; versions {', '.join(map(str, VERSIONS))} can be read")
             widths = _widths(path, version, count, degree, bits)
@@ -133,12 +144,14 @@ def _arrays_of_gzip(path: Path) -> tuple:
             if expected > size * _DEFLATE_LIMIT:
                 raise InputError(f"{path} is truncated or damaged: its header promises {count} Gaussians, which {size} bytes cannot hold")
             content = stream.read(expected)
+            records = stream.read(_RECORDS_LIMIT) if flags & _HAS_EXTENSIONS else b""
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is truncated or not an .spz file: {error}") from error
     if len(content) < expected:
         raise InputError(f"{path} is truncated: {len(content)} of {expected} bytes for {count} Gaussians")
     ends = np.cumsum([0, *(width * count for width in widths)])
-    return version, count, degree, bits, [content[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)], (1, 1, 1)
+    arrays = [content[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return version, count, degree, bits, arrays, _stated_axes(path, records)
 
 
 def _arrays_4(path: Path) -> tuple:
@@ -151,14 +164,14 @@ def _arrays_4(path: Path) -> tuple:
     if version != 4:
         raise InputError(f"{path} is .spz version {version}; versions {', '.join(map(str, VERSIONS))} can be read")
     widths = _widths(path, version, count, degree, bits)
-    signs = _stated_axes(path, content[_HEADER_4.size : table]) if flags & _HAS_EXTENSIONS else (1, 1, 1)
+    stated = _stated_axes(path, content[_HEADER_4.size : table] if flags & _HAS_EXTENSIONS else b"")
     begin = table + 16 * number
     if table < _HEADER_4.size or begin > len(content):
         raise InputError(f"{path} is truncated or damaged: its table of streams lies outside the file")
     if count * sum(widths) > max(len(content) * _DEFLATE_LIMIT, _ALIKE_LIMIT):
         held = f"{count} Gaussians, which {len(content)} bytes cannot hold"
         raise InputError(f"{path} is truncated or damaged: its header promises {held}")
-    arrays = []
+    arrays: list[bytes] = []
     # An empty array has a stream of its own or none.
     for packed, unpacked in struct.iter_unpack("<QQ", content[table:begin]):
         expected = count * widths[len(arrays)] if len(arrays) < len(widths) else 0
@@ -179,7 +192,7 @@ def _arrays_4(path: Path) -> tuple:
     arrays += [b""] * (len(arrays) == 5 and widths[5] == 0)
     if len(arrays) < len(widths):
         raise InputError(f"{path} is truncated or damaged: {number} streams instead of {len(widths)}")
-    return version, count, degree, bits, arrays, signs
+    return version, count, degree, bits, arrays, stated
 
 
 def _zstandard() -> ModuleType:
@@ -200,20 +213,20 @@ def _widths(path: Path, version: int, count: int, degree: int, bits: int) -> tup
     return 9, 1, 3, 3, 3 if version == 2 else 4, 3 * _SH_COEFFICIENTS[degree]
 
 
-def _stated_axes(path: Path, records: bytes) -> tuple[int, int, int]:
-    """The signs of the axes that the extension records name; unknown records are passed over."""
+def _stated_axes(path: Path, records: bytes) -> int:
+    """The number of the axes that the extension records name; unknown records are passed over."""
     place = 0
     while len(records) >= place + 8:
         kind, length = struct.unpack_from("<II", records, place)
         if kind == _AXES_RECORD and length == 4 and len(records) >= place + 12:
             (value,) = struct.unpack_from("<I", records, place + 8)
-            if value > max(_AXES):
+            if value > 2 * len(_AXES):
                 raise InputError(
-                    f"{path} states axes (number {value}) that swap Y and Z: convert it to the format's own (right, up, back) first"
+                    f"{path} states axes (number {value}) that are not known: convert it to the format's own (right, up, back) first"
                 )
-            return _AXES.get(value, (1, 1, 1))
+            return value or _RIGHT_UP_BACK
         place += 8 + length
-    return 1, 1, 1
+    return _RIGHT_UP_BACK
 
 
 def _byte(values: np.ndarray) -> np.ndarray:

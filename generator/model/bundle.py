@@ -13,7 +13,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -206,7 +206,7 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
         InputError: a file is missing, truncated, altered or unreadable, or the parts do not fit each other.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, also for names that no file system takes
         raise InputError(f"there is no model bundle at {directory}: no such folder")
     if not (directory / _BUNDLE).is_file():
         raise InputError(f"{directory} is not a model bundle: it has no {_BUNDLE}")
@@ -260,8 +260,8 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
     path = Path(source)
     text = os.fspath(source)
     # "owner/name", unless its first part is a folder here: then a folder of that name was meant.
-    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None and not path.parent.is_dir()
-    if path.exists() or not looks_like_hub:
+    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None and not os.path.isdir(path.parent)
+    if os.path.exists(path) or not looks_like_hub:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -277,7 +277,7 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
         raise InputError(f"the model {text} is neither a folder here nor on the hub: {' '.join(str(error).split())[:200]}") from error
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value, of JSON for instance, is a number that a float can be, not NaN or infinity; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -331,7 +331,7 @@ def _check_scheduler(directory: Path, scheduler_config: dict) -> None:
 def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict, info: dict) -> None:
     damped = info.get("damping")
     if damped is not None:
-        values = [damped.get("above"), damped.get("variance"), damped.get("noise", 1.0)] if isinstance(damped, dict) else [None]
+        values: list[Any] = [damped.get("above"), damped.get("variance"), damped.get("noise", 1.0)] if isinstance(damped, dict) else [None]
         numbers = all(is_number(value) and value >= 0 for value in values)
         if prior is None or not numbers or max(values[1:]) > 1:
             raise InputError(f"{directory}: damping needs a prior, above (at least 0), variance and noise (0 to 1), got {damped!r}")
@@ -352,7 +352,7 @@ def _check_regression(
         if shares is not None:
             raise InputError(f"{directory}: bundle.json says how a regression is used, but there is none")
         return
-    values = [shares.get(key) for key in REGRESSION_SHARES] if isinstance(shares, dict) else [None]
+    values: list[Any] = [shares.get(key) for key in REGRESSION_SHARES] if isinstance(shares, dict) else [None]
     numbers = all(is_number(value) and value >= 0 for value in values)
     if prior is None or not numbers or max(values[:2]) > 1:
         needed = "a prior, variance and network (0 to 1), above, variety and choice (at least 0)"
@@ -369,7 +369,7 @@ def _check_file(directory: Path, name: str, entry: object, verify: bool) -> None
     path = directory / _relative(name, directory)
     if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
         raise InputError(f"{directory / _BUNDLE}: the entry of {name} needs size and sha256")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"the model bundle {directory} is incomplete: {name} is missing")
     size = path.stat().st_size
     if size != entry["size"]:
@@ -384,7 +384,7 @@ def _relative(name: str, directory: Path) -> Path:
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         raise InputError(f"{directory}: {name!r} is not a name of a file inside a bundle")
     if path.suffix.lower() not in _PLAIN:
-        raise InputError(f"{directory}: {name} is no plain data, which all of a bundle is ({', '.join(_PLAIN)})")
+        raise InputError(f"{directory}: {name!r:.100} is no plain data, which all of a bundle is ({', '.join(_PLAIN)})")
     return path
 
 

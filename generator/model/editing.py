@@ -78,7 +78,7 @@ def set_start(scheduler: DPMSolverMultistepScheduler, steps: int, strength: floa
     if strength == 1:
         scheduler.set_timesteps(steps, device=device)
         return
-    levels = max(1, round(strength * scheduler.config.num_train_timesteps))
+    levels = max(1, round(strength * scheduler.config["num_train_timesteps"]))
     count = min(steps, levels)
     try:
         scheduler.set_timesteps(timesteps=[round(levels * (count - index) / count) - 1 for index in range(count)], device=device)

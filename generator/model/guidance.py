@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ def embed_guidance(scales: Tensor, width: int) -> Tensor:
 def with_guidance_input(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A new UNet that takes `timestep_cond` too, with the weights of `unet` inside; until it is trained the input changes nothing."""
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    # Made without memory: every weight is assigned below.
+    # Made without memory: every weight is assigned below. (from_config gives a pair only where unused arguments are asked for.)
     with torch.device("meta"):
-        student = type(unet).from_config(config | {"time_cond_proj_dim": WIDTH})
+        student = cast("UNet2DConditionModel", type(unet).from_config(config | {"time_cond_proj_dim": WIDTH}))
     state = {name: value.detach().clone() for name, value in unet.state_dict().items()}
     added = "time_embedding.cond_proj.weight"
     shape = student.get_parameter(added).shape

@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class GaussianAtlasPipeline:
         regression: TextRegression | None = None,
     ) -> None:
         self.memory_format = fast_layout(unet.device, unet.dtype)
-        self.unet = unet.to(memory_format=self.memory_format)
+        self.unet: Any = unet.to(memory_format=self.memory_format)  # type: ignore[call-arg]  # diffusers types `to` as if not bound
         self.scheduler = scheduler
         self.text_encoder = text_encoder
         self.layout = layout
@@ -213,7 +214,7 @@ class GaussianAtlasPipeline:
         if init_atlas is None and (strength is not None or mask is not None):
             raise InputError("strength and mask need init_atlas, the object to start from")
         source = None if init_atlas is None else Source.of(init_atlas, strength, mask, self.layout, self.channels)
-        trained = self.scheduler.config.num_train_timesteps
+        trained = self.scheduler.config["num_train_timesteps"]
         if steps > trained:
             raise InputError(f"num_inference_steps must be at most {trained}, the steps this model was trained with, got {steps}")
         prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_samples_per_prompt)]
@@ -280,11 +281,11 @@ class GaussianAtlasPipeline:
         size = self.layout.size
         if tuple(noisy.shape) != (len(prompts), CHANNELS, size, size):
             raise InputError(f"noisy must be [{len(prompts)}, {CHANNELS}, {size}, {size}] for so many prompts, got {list(noisy.shape)}")
-        _check_count("timestep", timestep, 0, self.scheduler.config.num_train_timesteps - 1)
+        _check_count("timestep", timestep, 0, self.scheduler.config["num_train_timesteps"] - 1)
         factor = int(self.info.get("fold", 1))
         x, at = fold(noisy.to(self.unet.device, torch.float32), factor), torch.tensor(timestep, device=self.unet.device)
         prediction = self._predictor(self._encode(prompts), None, 1.0, None, damped=False)(x, at)
-        clean = clean_estimate(prediction, x, *_level(self.scheduler, at), self.scheduler.config.prediction_type)
+        clean = clean_estimate(prediction, x, *_level(self.scheduler, at), self.scheduler.config["prediction_type"])
         return unfold(clean, factor).to(noisy.device)
 
     def _encode(self, prompts: list[str]) -> Tensor:
@@ -310,15 +311,16 @@ class GaussianAtlasPipeline:
 
     def _leading_away(self, negative_prompt: str | None, guidance: float) -> Tensor | None:
         """Hidden states of what guidance leads away from in a prediction of its own [1, L, D]; None where there is no such prediction."""
-        named = bool(negative_prompt and negative_prompt.strip())
-        if guidance <= 1 or (guidance <= self.distilled_guidance and not named):
+        named = negative_prompt if negative_prompt and negative_prompt.strip() else None
+        if guidance <= 1 or (guidance <= self.distilled_guidance and named is None):
             return None
-        hidden = (self.text_encoder.encode([negative_prompt]) if named else self.text_encoder.unconditional(1)).hidden
+        hidden = (self.text_encoder.unconditional(1) if named is None else self.text_encoder.encode([named])).hidden
         return hidden.to(self.unet.device, self.unet.dtype)
 
     def _scheduler(self, steps: int, strength: float) -> DPMSolverMultistepScheduler:
         """A solver of its own, at the beginning of its timesteps: it keeps state, and another thread may be sampling."""
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        # from_config gives a pair only where unused arguments are asked for.
+        scheduler = cast("DPMSolverMultistepScheduler", type(self.scheduler).from_config(self.scheduler.config))
         set_start(scheduler, steps, strength, self.unet.device)
         return scheduler
 
@@ -345,7 +347,7 @@ class GaussianAtlasPipeline:
         count, dtype = len(texts), self.unet.dtype
         less = self._damping if damped else None
         columns, factor = int(self.info.get("wrap", 0)), int(self.info.get("fold", 1))
-        inputs = {"encoder_hidden_states": text, "return_dict": False}
+        inputs: dict[str, Any] = {"encoder_hidden_states": text, "return_dict": False}
         if self.distilled_guidance:
             scales = torch.full((len(text),), max(float(guidance), 1.0) if negative is None else 1.0)
             inputs["timestep_cond"] = embed_guidance(scales, self.unet.config.time_cond_proj_dim).to(text)
@@ -355,6 +357,7 @@ class GaussianAtlasPipeline:
                 return corrected(latents, timestep)
             alpha, sigma = _level(self.scheduler, timestep)
             deviation = unfold(latents, factor) - alpha * expected
+            assert self.prior is not None  # whose mean is expected
             likely = fold(expected + self.prior.filter(deviation, alpha, sigma, self._left).mean, factor)
             share = self._shares["network"] if int(timestep) >= self._shares["above"] else 0.0
             return torch.lerp(likely, corrected(latents, timestep), share) if share else likely
@@ -367,7 +370,7 @@ class GaussianAtlasPipeline:
             batch = wrap(torch.cat([latents] * count), columns).to(dtype).contiguous(memory_format=self.memory_format)
             predictions = list(unwrap(self.unet(batch, timestep, **inputs)[0].float(), columns).chunk(count))
             without = None if negative is None else predictions.pop()
-            found = predictions[0] if mix is None else torch.lerp(*predictions, mix.weight)
+            found = predictions[0] if mix is None else torch.lerp(predictions[0], predictions[1], mix.weight)
             found = found if without is None else without + guidance * (found - without)
             # All of them correct the same estimate, so what was done to the corrections was done to the estimates.
             return found if known is None else fold(known.corrected(unfold(found, factor)), factor)
@@ -387,35 +390,37 @@ class GaussianAtlasPipeline:
         factor = int(self.info.get("fold", 1))
         size = self.layout.size
         # On the CPU and one generator each: an object must depend neither on its neighbours nor on the device's generator.
-        noise = [torch.randn(CHANNELS, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        own = [torch.randn(CHANNELS, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         if self._noise[1] != 1:
-            noise = [quieter(one, *self._noise) for one in noise]
-        noise = fold(torch.stack(noise), factor).to(self.unet.device) * scheduler.init_noise_sigma
-        latents, clean, keep = noise, None, None
-        error, kind = None, scheduler.config.prediction_type
+            own = [quieter(one, *self._noise) for one in own]
+        noise = fold(torch.stack(own), factor).to(self.unet.device) * scheduler.init_noise_sigma
+        latents, kept, error = noise, None, None
+        kind = scheduler.config["prediction_type"]
         if source is not None:
             clean = source.normalized(self.normalization, factor).to(noise).expand_as(noise)
-            keep = None if source.mask is None else ~source.folded_mask(factor).to(noise.device)
-        if source is not None and source.strength < 1:
-            latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1])
-            _stop_if(cancel)
-            error = (1 - source.strength) * self._error(clean, predict, scheduler)
+            mask = source.folded_mask(factor)
+            kept = None if mask is None else (~mask.to(noise.device), clean)
+            if source.strength < 1:
+                latents = _noised(scheduler, clean, noise, scheduler.timesteps[:1])
+                _stop_if(cancel)
+                error = (1 - source.strength) * self._error(clean, predict, scheduler)
+
+        def preview(estimate: Tensor) -> list[Gaussians]:
+            return [self._gaussians(atlas, source) for atlas in self._decode(unfold(estimate, factor), source)]
+
         for index, timestep in enumerate(scheduler.timesteps):
             _stop_if(cancel)
-            if keep is not None:
+            if kept is not None:
                 # The kept cells at this level, always by the same noise: the path that the solver takes to them.
-                latents = torch.where(keep, scheduler.add_noise(clean, noise, timestep[None]), latents)
+                where, values = kept
+                latents = torch.where(where, _noised(scheduler, values, noise, timestep[None]), latents)
             prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
             if error is not None:
                 prediction = shift_estimate(prediction, error, *_level(scheduler, timestep), kind)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
             if report is not None:
-                # DPM-Solver++ keeps its estimate of the clean atlas.
-                estimate = scheduler.model_outputs[-1]
-                report(
-                    index + 1,
-                    lambda estimate=estimate: [self._gaussians(atlas, source) for atlas in self._decode(unfold(estimate, factor), source)],
-                )
+                # DPM-Solver++ keeps its estimate of the clean atlas, in a list that is typed by the Nones it begins with.
+                report(index + 1, partial(preview, cast(Tensor, scheduler.model_outputs[-1])))
         _stop_if(cancel)
         if not bool(torch.isfinite(latents).all()):
             raise WorkError(f"the network gave numbers that are not finite in {self.unet.dtype}; load the model with dtype=torch.float32")
@@ -431,7 +436,7 @@ class GaussianAtlasPipeline:
         lowest = torch.zeros_like(scheduler.timesteps[0])
         alpha, sigma = _level(scheduler, lowest)
         x = alpha * clean
-        return clean - clean_estimate(predict(x, lowest), x, alpha, sigma, scheduler.config.prediction_type)
+        return clean - clean_estimate(predict(x, lowest), x, alpha, sigma, scheduler.config["prediction_type"])
 
     def _decode(self, latents: Tensor, source: Source | None = None) -> list[Atlas]:
         raw = self.normalization.denormalize(latents.float().cpu())
@@ -495,6 +500,11 @@ def _level(scheduler: DPMSolverMultistepScheduler, timestep: Tensor) -> tuple[Te
     """alpha and sigma of x = alpha clean + sigma noise."""
     alpha2 = scheduler.alphas_cumprod[int(timestep)].to(timestep.device)
     return alpha2.sqrt(), (1 - alpha2).sqrt()
+
+
+def _noised(scheduler: DPMSolverMultistepScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Clean values [B, ...] at the noise level of a timestep [1]."""
+    return scheduler.add_noise(clean, noise, timesteps)  # type: ignore[arg-type]  # asks for IntTensor, but its own timesteps are int64
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -565,9 +575,9 @@ def check_arguments(
             raise InputError(f'{which} is empty: describe an object, such as "a red armchair"')
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise InputError(f"negative_prompt must be text, got {negative_prompt!r}")
-    _check_count("num_samples_per_prompt", num_samples_per_prompt, 1, 10_000)
+    count = len(prompts) * _check_count("num_samples_per_prompt", num_samples_per_prompt, 1, 10_000)
     _check_count("batch_size", batch_size, 1, 10_000)
-    _check_count("seed", seed, 0, MAX_SEED - len(prompts) * num_samples_per_prompt + 1)
+    _check_count("seed", seed, 0, MAX_SEED - count + 1)
     if num_inference_steps is not None:
         _check_count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
     if guidance_scale is not None and not is_number(guidance_scale):
@@ -579,9 +589,10 @@ def check_arguments(
             raise InputError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
-def _check_count(name: str, value: object, low: int, high: int) -> None:
+def _check_count(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    return value
 
 
 def _stop_if(cancel: threading.Event | None) -> None:

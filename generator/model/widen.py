@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -18,11 +18,11 @@ def widen_unet(unet: UNet2DConditionModel, copies: int = 4) -> UNet2DConditionMo
     """
     # Among the private entries is a list of those left at their defaults, which from_config would put back there.
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    config["in_channels"] = copies * unet.config.in_channels
-    config["out_channels"] = copies * unet.config.out_channels
-    # Made without memory: every weight is assigned below.
+    config["in_channels"] = copies * config["in_channels"]
+    config["out_channels"] = copies * config["out_channels"]
+    # Made without memory: every weight is assigned below. (from_config gives a pair only where unused arguments are asked for.)
     with torch.device("meta"):
-        wide = type(unet).from_config(config)
+        wide = cast("UNet2DConditionModel", type(unet).from_config(config))
     state = {name: value.detach().clone() for name, value in unet.state_dict().items()}
     state["conv_in.weight"] = state["conv_in.weight"].repeat(1, copies, 1, 1) / copies
     state["conv_out.weight"] = state["conv_out.weight"].repeat(copies, 1, 1, 1)

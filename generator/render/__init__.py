@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import replacing
 from ..gaussians import Gaussians
 from . import cpu, cuda
 from .cameras import Cameras
@@ -71,11 +72,5 @@ def save_png(image: Tensor, path: str | Path) -> None:
 
     if image.ndim != 3 or image.shape[2] not in (3, 4):
         raise InputError(f"an image must be [H, W, 3] or [H, W, 4], got {list(image.shape)}")
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()).save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
+    with replacing(path) as temporary:
+        Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()).save(temporary, format="PNG")

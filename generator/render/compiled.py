@@ -211,9 +211,10 @@ def _project_backward(means, quaternions, scales, viewmat, K, width, height, box
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quaternions, scales, opacities, viewmat, K, width, height):
-        arrays = [tensor.detach().contiguous().numpy() for tensor in (means, quaternions, scales, opacities, viewmat, K)]
-        results = _project(*arrays, width, height)
-        ctx.inputs = (*arrays[:3], *arrays[4:], width, height, results[3], results[1])
+        tensors = (means, quaternions, scales, opacities, viewmat, K)
+        means, quaternions, scales, opacities, viewmat, K = (tensor.detach().contiguous().numpy() for tensor in tensors)
+        results = _project(means, quaternions, scales, opacities, viewmat, K, width, height)
+        ctx.inputs = (means, quaternions, scales, viewmat, K, width, height, results[3], results[1])
         means2d, conics, depths, boxes, radii = map(torch.from_numpy, results)
         ctx.mark_non_differentiable(boxes, radii)
         return means2d, conics, depths, boxes, radii
@@ -437,25 +438,29 @@ def _scatter(slots, entries, order, count):
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means2d, conics, depths, opacities, colors, boxes, width, height):
-        arrays = [tensor.detach().contiguous().numpy() for tensor in (means2d, conics, opacities, colors, depths, boxes)]
-        order = _by_depth(arrays[4].view(np.uint32), arrays[5])
+        tensors = (means2d, conics, opacities, colors, depths, boxes)
+        means2d, conics, opacities, colors, depths, boxes = (tensor.detach().contiguous().numpy() for tensor in tensors)
+        order = _by_depth(depths.view(np.uint32), boxes)
         columns, rows = -(-width // _WIDE), -(-height // _HIGH)
-        splats, near, starts, entries = _gather(order, *arrays, columns, rows)
+        splats, near, starts, entries = _gather(order, means2d, conics, opacities, colors, depths, boxes, columns, rows)
         threads = numba.get_num_threads()
         image, through, ends = _blend(splats, near, starts, entries, width, height, threads)
         ctx.saved = (splats, near, starts, ends, entries, image, through)
-        ctx.order, ctx.count = order, len(arrays[0])
+        ctx.order, ctx.count = order, len(means2d)
         ctx.set_materialize_grads(False)
         image = torch.from_numpy(image)
         return image[..., :3], torch.from_numpy(1 - through), image[..., 3]
 
     @staticmethod
     def backward(ctx, grad_rgb, grad_alpha, grad_depth):
-        through = ctx.saved[6]
+        splats, near, starts, ends, entries, image, through = ctx.saved
         grad_rgb = np.zeros((*through.shape, 3), np.float32) if grad_rgb is None else grad_rgb.contiguous().numpy()
-        planes = [np.zeros_like(through) if grad is None else grad.contiguous().numpy() for grad in (grad_alpha, grad_depth)]
-        slots = _blend_backward(*ctx.saved, grad_rgb, *planes, numba.get_num_threads())
-        total = torch.from_numpy(_scatter(slots, ctx.saved[4], ctx.order, ctx.count))
+        grad_alpha, grad_depth = (
+            np.zeros_like(through) if grad is None else grad.contiguous().numpy() for grad in (grad_alpha, grad_depth)
+        )
+        threads = numba.get_num_threads()
+        slots = _blend_backward(splats, near, starts, ends, entries, image, through, grad_rgb, grad_alpha, grad_depth, threads)
+        total = torch.from_numpy(_scatter(slots, entries, ctx.order, ctx.count))
         return total[:, :2], total[:, 2:5], total[:, _DEPTH], total[:, _OPACITY], total[:, 6:9], None, None, None
 
 

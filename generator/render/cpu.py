@@ -17,11 +17,11 @@ def render_views(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor
     """All views of float32 Gaussians: premultiplied rgb [V, H, W, 3], alpha [V, H, W], alpha-weighted depth [V, H, W], means2d
     [V, N, 2] and radii [V, N], the last without gradients."""
     size, g = (cameras.width, cameras.height), gaussians
-    views = zip(cameras.viewmats, cameras.Ks, strict=True)
-    projected = [project(g.means, g.quaternions, g.scales, g.opacities, viewmat, K, size) for viewmat, K in views]
+    each_view = zip(cameras.viewmats, cameras.Ks, strict=True)
+    projected = [project(g.means, g.quaternions, g.scales, g.opacities, viewmat, K, size) for viewmat, K in each_view]
     means2d = torch.stack([each.means for each in projected])
-    views = [_composite(g, each._replace(means=means), size) for each, means in zip(projected, means2d, strict=True)]
-    image, radii = (torch.stack(parts) for parts in zip(*views, strict=True))
+    composited = [_composite(g, each._replace(means=means), size) for each, means in zip(projected, means2d, strict=True)]
+    image, radii = (torch.stack(parts) for parts in zip(*composited, strict=True))
     return image[..., :3], image[..., 3], image[..., 4], means2d, radii
 
 

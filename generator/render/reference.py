@@ -16,7 +16,8 @@ from .ewa import ALPHA_CUT, ALPHA_MAX, LOW_PASS, MARGIN, NEAR
 def render_views(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor, Tensor]:
     """All views: premultiplied rgb [V, H, W, 3], alpha [V, H, W] and alpha-weighted depth [V, H, W]."""
     views = [_render_view(gaussians, cameras, view) for view in range(len(cameras))]
-    return tuple(torch.stack(parts) for parts in zip(*views, strict=True))
+    rgb, alpha, depth = (torch.stack(parts) for parts in zip(*views, strict=True))
+    return rgb, alpha, depth
 
 
 def _render_view(gaussians: Gaussians, cameras: Cameras, view: int) -> tuple[Tensor, Tensor, Tensor]:

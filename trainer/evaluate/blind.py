@@ -11,14 +11,14 @@ import html
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from generator.errors import InputError
-from generator.files import replacing
+from generator.files import make_folder, replacing
 
 from .judge import protocol_cameras
 from .made import Made
@@ -59,14 +59,15 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def write_page(folder: str | Path, methods: tuple[str, str], first: Sequence[Made], second: Sequence[Made], seed: int = 0) -> int:
+def write_page(folder: str | Path, methods: tuple[str, str], first: Iterable[Made], second: Iterable[Made], seed: int = 0) -> int:
     """Write `blind.html` and, not to be shown to voters, `key.json` into `folder`; the number of pairs.
 
     A pair is the first object of each method for the same prompt, from the same four sides.
 
     Raises:
-        InputError: the methods have no prompt in common.
+        InputError: the methods have no prompt in common, or the folder cannot be written.
     """
+    folder = make_folder(folder)
     sets = []
     for several in (first, second):
         by_prompt: dict[str, Made] = {}
@@ -88,8 +89,6 @@ def write_page(folder: str | Path, methods: tuple[str, str], first: Sequence[Mad
         pairs.append({"prompt": text, "left": strips[method], "right": strips[1 - method]})
     identity = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
     key = {"format": _FORMAT, "page": identity, "methods": list(methods), "prompts": prompts, "left": left}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("blind.html", _page(identity, pairs)), ("key.json", json.dumps(key, indent=1) + "\n")):
         with replacing(folder / name) as partial:
             partial.write_text(content, encoding="utf-8")
@@ -104,23 +103,30 @@ def count(key_path: str | Path, votes: Sequence[str | Path]) -> Count:
     """
     key = _read(key_path)
     methods, left = key.get("methods"), key.get("left")
-    if key.get("format") != _FORMAT or not isinstance(methods, list) or not isinstance(left, list):
-        raise InputError(f"{key_path} is no key of a blind page")
+    refusal = InputError(f"{key_path} is no key of a blind page")
+    if key.get("format") != _FORMAT or not isinstance(key.get("page"), str):
+        raise refusal
+    if not isinstance(methods, list) or len(methods) != 2 or not isinstance(left, list) or any(side not in (0, 1) for side in left):
+        raise refusal
     chosen: dict[tuple[str, int], str] = {}
     for path in votes:
         found = _read(path)
         if found.get("page") != key["page"]:
             raise InputError(f"{path} was not cast on the page of {key_path}")
-        for vote in found.get("votes", []):
-            pair, choice = vote.get("pair"), vote.get("choice")
-            if choice not in _CHOICES or not isinstance(pair, int) or not 0 <= pair < len(left):
+        cast = found.get("votes")
+        if not isinstance(cast, list):
+            raise InputError(f"{path} holds no list of votes")
+        for vote in cast:
+            pair, choice = (vote.get("pair"), vote.get("choice")) if isinstance(vote, dict) else (None, None)
+            # A bool is an int to Python.
+            if choice not in _CHOICES or type(pair) is not int or not 0 <= pair < len(left):
                 raise InputError(f"{path} holds a vote that the page cannot give: {json.dumps(vote)[:80]}")
             chosen[str(found.get("voter")), pair] = choice
     wins = [0, 0]
     for (_, pair), choice in chosen.items():
         if choice != "same":
             wins[left[pair] if choice == "left" else 1 - left[pair]] += 1
-    return Count(tuple(methods), len({voter for voter, _ in chosen}), tuple(wins), len(chosen) - sum(wins))
+    return Count(tuple(methods), len({voter for voter, _ in chosen}), (wins[0], wins[1]), len(chosen) - sum(wins))
 
 
 def text(found: Count) -> str:
@@ -139,7 +145,7 @@ def text(found: Count) -> str:
 def _read(path: str | Path) -> dict:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object")

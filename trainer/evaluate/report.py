@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from generator.errors import InputError
-from generator.files import replacing
+from generator.files import make_folder, replacing
 from generator.model.pipeline import GaussianAtlasPipeline
 
 from .clip import Clip
@@ -63,9 +63,10 @@ def evaluate(
         What `report.json` holds.
 
     Raises:
-        InputError: there is nothing to score, or something cannot be read.
+        InputError: there is nothing to score, something cannot be read, or the output cannot be written.
         WorkError: a package is missing.
     """
+    output = make_folder(output)
     protocol = protocol or Protocol()
     scorer = Clip(clip) if clip else None
     judge = judge or Judge.default()
@@ -113,8 +114,6 @@ def evaluate(
         "objects": rows,
         "references": {name: [one.row for one in several] for name, several in sets.items() if name != "made"},
     }
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.html", page(report, sets))):
         with replacing(output / name) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _optimise(views: Views, config: FitConfig, observe: Callable[[int, Gaussians
     params, optimizers = _parameters(initial), {}
     for name, rate in _rates(config).items():
         optimizers[name] = torch.optim.Adam([params[name]], lr=rate, eps=1e-15, fused=True)
-    strategy = None
+    strategy: Any = None  # gsplat's, which has no types
     if config.strategy != "fixed":
         from .strategies import strategy_for
 
@@ -201,7 +202,8 @@ def _crop(alpha: Tensor, side: int) -> tuple[slice, slice]:
     covered = alpha.nonzero()
     middle = covered[torch.randint(len(covered), ())].tolist() if len(covered) else [length // 2 for length in alpha.shape]
     starts = [max(0, min(at - side // 2, length - side)) for at, length in zip(middle, alpha.shape, strict=True)]
-    return tuple(slice(start, start + side) for start in starts)
+    top, left = starts
+    return slice(top, top + side), slice(left, left + side)
 
 
 def _target(views: Views, view: int, device: torch.device) -> tuple[Tensor, Tensor]:

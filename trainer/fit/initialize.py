@@ -108,15 +108,15 @@ def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
     Exact, but a new choice only looks at the leaves of a k-d tree that it can be nearer to than what they have.
     """
     tree = cKDTree(points, leafsize=_LEAF)
-    starts, pending = [], [tree.tree]
+    leaves, pending = [], [tree.tree]
     while pending:
         node = pending.pop()
         if node.lesser is None:
-            starts.append(node.start_idx)
+            leaves.append(node.start_idx)
         else:
             pending += [node.greater, node.lesser]
     order = tree.indices
-    starts = np.array(starts, np.int64)
+    starts = np.array(leaves, np.int64)
     placed = np.ascontiguousarray(points[order], np.float32)
     lowest, highest = np.minimum.reduceat(placed, starts), np.maximum.reduceat(placed, starts)
     first = int(np.flatnonzero(order == 0)[0])

@@ -60,10 +60,11 @@ class _Photometric(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        arrays = [tensor.detach().to(torch.float32).contiguous().numpy() for tensor in inputs[:5]]
-        box = _box(arrays[1], arrays[3], 2 * _REACH)
-        loss, grad_rgb, grad_alpha = _photometric(*arrays, *inputs[5:], box, _line())
+    def forward(ctx, rgb, alpha, target_rgb, target_alpha, background, ssim_weight, alpha_weight):
+        tensors = (rgb, alpha, target_rgb, target_alpha, background)
+        rgb, alpha, target_rgb, target_alpha, background = (tensor.detach().to(torch.float32).contiguous().numpy() for tensor in tensors)
+        box = _box(alpha, target_alpha, 2 * _REACH)
+        loss, grad_rgb, grad_alpha = _photometric(rgb, alpha, target_rgb, target_alpha, background, ssim_weight, alpha_weight, box, _line())
         ctx.save_for_backward(torch.from_numpy(grad_rgb), torch.from_numpy(grad_alpha))
         return torch.tensor(loss, dtype=torch.float32)
 

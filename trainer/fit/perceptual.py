@@ -29,6 +29,10 @@ class StLpips(nn.Module):
     """The distance of two batches of pictures; frozen."""
 
     name = "st_lpips"
+    # Of the buffers those that are not looked up by a name made up at run time.
+    scaling_layer_shift: Tensor
+    scaling_layer_scale: Tensor
+    net_slice1_1_filt: Tensor
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
@@ -115,7 +119,7 @@ def st_lpips() -> StLpips:
         WorkError: the package with its weights is missing or holds something else.
     """
     found = importlib.util.find_spec("stlpips_pytorch")
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise WorkError("ST-LPIPS needs its weights: pip install --no-deps stlpips-pytorch==0.0.2")
     path = Path(found.submodule_search_locations[0]) / WEIGHTS
     try:

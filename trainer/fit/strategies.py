@@ -199,7 +199,7 @@ class Anchors(Strategy):
             self._prune_dead(params, optimizers, state)
             self._grow(params, optimizers, state)
             if self.bound is not None and len(params["means"]) > self.bound:
-                self._keep_bound(params, optimizers, state)
+                self._keep_bound(params, optimizers, state, self.bound)
             state["views"] = 0
             for name in ("gradient", "seen", "opacity"):
                 state[name].zero_()
@@ -220,7 +220,7 @@ class Anchors(Strategy):
     def _grow(self, params: Params, optimizers: Optimizers, state: dict) -> None:
         slopes = state["gradient"] / state["seen"].clamp_min(1)
         means, scales = params["means"].detach(), torch.exp(params["scales"].detach())
-        sources, anchors = [], []
+        own_sources, own_anchors = [], []  # of each level
         taken = state["anchor"]
         for level in range(self.levels):
             size = self.voxel / 4**level
@@ -230,10 +230,10 @@ class Anchors(Strategy):
             places = torch.floor(means[steep] / size).long()
             steep, places = first_of_each(places, steep)
             free = ~is_among(places, torch.floor(taken / size).long())
-            sources.append(steep[free])
-            anchors.append((places[free] + 0.5) * size)
-            taken = torch.cat([taken, anchors[-1]])
-        sources, anchors = torch.cat(sources), torch.cat(anchors)
+            own_sources.append(steep[free])
+            own_anchors.append((places[free] + 0.5) * size)
+            taken = torch.cat([taken, own_anchors[-1]])
+        sources, anchors = torch.cat(own_sources), torch.cat(own_anchors)
         if not len(sources):
             return
         most = self.growth * len(means)
@@ -250,14 +250,14 @@ class Anchors(Strategy):
         append(params, optimizers, state, new, sources)
         state["anchor"][-len(sources) :] = anchors
 
-    def _keep_bound(self, params: Params, optimizers: Optimizers, state: dict) -> None:
+    def _keep_bound(self, params: Params, optimizers: Optimizers, state: dict, bound: int) -> None:
         opacities = torch.sigmoid(params["opacities"].detach())
         if self.ranking == "opacity":
             ranks = fractional_ranks(opacities)
         else:
             tracked = self.weigh() if self.ranking == "contribution" else state["opacity"] / max(1, state["views"])
             ranks = visibility_ranks(tracked, torch.unique(state["anchor"], dim=0, return_inverse=True)[1])
-        lowest = torch.argsort(ranks, stable=True)[: len(ranks) - self.bound]
+        lowest = torch.argsort(ranks, stable=True)[: len(ranks) - bound]
         mask = torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
         mask[lowest] = True
         remove(params, optimizers, state, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .captions import Part, captions, clean_name, colours_in, describe, recolour
 from .download import download_sweet_home_3d
 from .folder import CAPTION_FILES, folder
 from .infinigen import INFINIGEN, infinigen
-from .objects import MESH_SUFFIXES, SourceObject, extract
+from .objects import CACHE, MESH_SUFFIXES, SourceObject, extract
 from .sweet_home_3d import sweet_home_3d
 
 __all__ = [
@@ -41,7 +42,7 @@ _ONE_BY_ONE = 10
 SWEET_HOME_3D = "sweet-home-3d"
 
 
-def open_source(spec: str | Path, cache: str | Path = "build/sources", workers: int = 2) -> list[SourceObject]:
+def open_source(spec: str | Path, cache: str | Path = CACHE, workers: int = 2) -> list[SourceObject]:
     """The objects of a source, read by what `spec` is.
 
     Args:
@@ -54,20 +55,20 @@ def open_source(spec: str | Path, cache: str | Path = "build/sources", workers: 
         InputError: `spec` is none of these, or what it names cannot be read.
         WorkError: the libraries could not be fetched, or Infinigen could not run.
     """
-    path = Path(spec)
+    path = Path(spec)  # asked through os.path, which takes any name, too long a one too
     name, _, count = str(spec).partition(":")
-    if name == INFINIGEN and not path.exists():
+    if name == INFINIGEN and not os.path.exists(path):
         if count and not count.isdecimal():
             raise InputError(f"{spec}: give the number of objects, such as {INFINIGEN}:1000")
         return infinigen(int(count), cache, workers) if count else infinigen(cache=cache, workers=workers)
     if str(spec) == SWEET_HOME_3D and not path.exists():
         path = download_sweet_home_3d(cache)
-    if path.is_dir():
+    if os.path.isdir(path):
         libraries = sorted(path.glob("*.sh3f"))
         if libraries:
             return [source for library in libraries for source in sweet_home_3d(library)]
         return folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{spec}: no such source: give a .sh3f file, a folder of meshes with captions.csv, {SWEET_HOME_3D} or {INFINIGEN}")
     if path.suffix.lower() in {Path(name).suffix for name in CAPTION_FILES}:
         return folder(path.parent, path)

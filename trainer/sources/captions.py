@@ -207,8 +207,9 @@ def _before(noun: str) -> str:
 
 
 def head_noun(phrase: str) -> str:
-    """The word that says what a noun phrase is: "bowl" of "a red bowl with fruits"."""
-    return _before(phrase).split()[-1]
+    """The word that says what a noun phrase is: "bowl" of "a red bowl with fruits"; "" where there is no word."""
+    words = _before(phrase).split() or phrase.split()
+    return words[-1] if words else ""
 
 
 def with_article(noun: str) -> str:
@@ -248,7 +249,7 @@ def captions(name: str, category: str = "", tags: Iterable[str] = ()) -> list[st
     return list(dict.fromkeys(found))
 
 
-def colours_in(caption: str) -> set[str]:
+def colours_in(caption: str) -> frozenset[str]:
     """The colour words of a caption."""
     return COLOUR_WORDS & set(re.findall(r"[a-z]+", caption.lower()))
 
@@ -264,7 +265,9 @@ def with_colour(caption: str, colour: str) -> str:
     prefix, rest = "", caption
     if match := _PREFIX.match(caption):
         prefix, rest = match[1], match[2]
-    article, noun = re.match(r"(an? |the )?(.*)$", rest, re.DOTALL).groups()
+    found = re.match(r"(an? |the )?(.*)$", rest, re.DOTALL)
+    assert found is not None  # both parts may be empty
+    article, noun = found.groups()
     phrase = f"{colour} {noun}"
     if article in ("a ", "an "):
         phrase = f"{'an' if _AN.match(phrase) else 'a'} {phrase}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from generator.errors import InputError, WorkError
 
+from .objects import CACHE
 from .sweet_home_3d import sweet_home_3d
 
 PACKAGE = "sweethome3d-furniture"
@@ -19,7 +20,7 @@ _BY_HAND = (
 )
 
 
-def download_sweet_home_3d(cache: str | Path = "build/sources") -> Path:
+def download_sweet_home_3d(cache: str | Path = CACHE) -> Path:
     """The folder of .sh3f libraries under `cache`, fetched by `apt-get download` and `dpkg -x` where it is not there yet.
 
     The folder appears only after every library in it has been read.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from generator.errors import InputError
 
@@ -39,7 +42,7 @@ def folder(path: str | Path, captions_file: str | Path | None = None) -> list[So
     rows: dict[str, dict] = {}
     for number, row in enumerate(_rows(captions_file), start=1):
         file, caption = row.get("file"), row.get("caption")
-        texts = caption if isinstance(caption, list) else [caption]
+        texts: list[Any] = caption if isinstance(caption, list) else [caption]
         if not isinstance(file, str) or not file.strip() or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InputError(f"{captions_file}: entry {number} needs a file and a caption")
         entry = rows.setdefault(file.strip().replace("\\", "/"), {"captions": []})
@@ -49,16 +52,16 @@ def folder(path: str | Path, captions_file: str | Path | None = None) -> list[So
                 entry.setdefault(name, row[name].strip())
     if not rows:
         raise InputError(f"{captions_file}: no captions inside")
+    for file in rows:
+        if Path(file).suffix.lower() not in MESH_SUFFIXES:
+            raise InputError(f"{captions_file}: {file} is not a mesh this program reads ({', '.join(MESH_SUFFIXES)})")
+        if not os.path.isfile(path / file):
+            raise InputError(f"{captions_file}: {file} is not in {path}")
+        if not (path / file).resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{captions_file}: {file} lies outside of {path}")
     objects = []
     for identifier, (file, entry) in zip(unique_slugs(str(Path(file).with_suffix("")) for file in rows), rows.items(), strict=True):
         mesh = path / file
-        suffix = mesh.suffix.lower()
-        if suffix not in MESH_SUFFIXES:
-            raise InputError(f"{captions_file}: {file} is not a mesh this program reads ({', '.join(MESH_SUFFIXES)})")
-        if not mesh.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"{captions_file}: {file} lies outside of {path}")
-        if not mesh.is_file():
-            raise InputError(f"{captions_file}: {file} is not in {path}")
         objects.append(
             SourceObject(
                 id=identifier,
@@ -69,7 +72,7 @@ def folder(path: str | Path, captions_file: str | Path | None = None) -> list[So
                 creator=entry.get("creator", ""),
                 licence=entry.get("licence", "unknown"),
                 library=path.resolve().name,
-                up=MESH_SUFFIXES[suffix],
+                up=MESH_SUFFIXES[mesh.suffix.lower()],
             )
         )
     return objects
@@ -84,16 +87,16 @@ def _rows(path: Path) -> list[dict]:
         raise InputError(f"{path}: not UTF-8 text") from error
     try:
         if path.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
             if rows and not {"file", "caption"} <= set(rows[0]):
                 raise InputError(f"{path}: the first line must name the columns file,caption")
         elif path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
             if isinstance(rows, dict):
                 rows = [{"file": file, "caption": caption} for file, caption in rows.items()]
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not readable as {path.suffix[1:].upper() or 'JSON'} ({error})") from error

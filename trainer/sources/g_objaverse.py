@@ -102,7 +102,7 @@ def _camera(path: Path) -> np.ndarray:
         matrix = np.array([entry[key] for key in ("x", "y", "z", "origin")], dtype=np.float64).T
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a camera of G-Objaverse, which has x, y, z and origin ({error})") from error
     axes = matrix[:, :3]
     if matrix.shape != (3, 4) or not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3) or np.linalg.det(axes) < 0:
@@ -114,7 +114,7 @@ def _read_png(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGBA"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from error
 
 

@@ -19,6 +19,7 @@ import torch
 
 from generator.atlas import ChannelSpec
 from generator.errors import InputError
+from generator.files import replacing
 from generator.formats import ply, raw, save
 from generator.gaussians import Gaussians
 from generator.render.ewa import ALPHA_CUT
@@ -196,7 +197,7 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
             entries = json.load(file) if path.suffix.lower() == ".json" else [row for row in csv.reader(file) if row]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path}: not readable as {path.suffix[1:].upper() or 'CSV'} ({error})") from error
     found: dict[str, list[str]] = {}
     for entry in entries.items() if isinstance(entries, dict) else entries:
@@ -253,7 +254,7 @@ def outlier_table(directory: Path, objects: list[SourceObject]) -> str:
     for kind in [field.name for field in fields(Outliers)][1:]:
         of_kind = {identifier: count[kind] for identifier, count in counts.items() if count[kind]}
         if of_kind:
-            worst = max(of_kind, key=of_kind.get)
+            worst = max(of_kind, key=of_kind.__getitem__)
             share = sum(of_kind.values()) / total
             lines.append(f"  {kind:11} {sum(of_kind.values())} ({share:.2%}) in {len(of_kind)} objects, most in {worst}: {of_kind[worst]}")
     return "\n".join(lines)
@@ -262,11 +263,10 @@ def outlier_table(directory: Path, objects: list[SourceObject]) -> str:
 def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

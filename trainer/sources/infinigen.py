@@ -20,7 +20,8 @@ from generator.files import replacing
 
 from .captions import Part, describe
 from .infinigen_factories import FACTORIES, Factory
-from .objects import SourceObject
+from .obj_parts import MAIN_SHARE, PART_SHARE, material_word
+from .objects import CACHE, SourceObject
 
 INFINIGEN = "infinigen"
 LIBRARY = "Infinigen 1.15.5"
@@ -37,8 +38,6 @@ OF_EACH = 20
 OBJECTS_PER_PROCESS = 25
 # Seconds by the clock after which an object is taken for hung; most need less than ten of one core.
 LIMIT = 600.0
-# Share of the surface that a part must have to be named, and that a material must have to be the object's.
-_PART_SHARE, _MAIN_SHARE = 0.03, 0.5
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def variants(count: int) -> list[Variant]:
     return [Variant(FACTORIES[index % len(FACTORIES)], index // len(FACTORIES)) for index in range(count)]
 
 
-def infinigen(count: int = OF_EACH * len(FACTORIES), cache: str | Path = "build/sources", workers: int = 2) -> list[SourceObject]:
+def infinigen(count: int = OF_EACH * len(FACTORIES), cache: str | Path = CACHE, workers: int = 2) -> list[SourceObject]:
     """Objects that Infinigen makes, in `cache`/infinigen as ID.ply with ID.json; those that are there are not made again.
 
     Objects that fail or hang are left out, with the reason in their ID.json: delete it to try again. So up to `count` come back.
@@ -118,7 +117,7 @@ def _read(directory: Path, variant: Variant) -> dict | None:
         answer = json.loads((directory / f"{variant.id}.json").read_text(encoding="utf-8"))
         current = answer["recipe"] == RECIPE and answer["seed"] == variant.seed
         whole = answer["status"] != "ok" or (directory / f"{variant.id}.ply").is_file()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return answer if current and whole else None
 
@@ -152,6 +151,8 @@ class Child:
             text=True,
             start_new_session=True,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self._tasks, self._answers = self.process.stdin, self.process.stdout
         self.asked = 0
         if (self._answer() or {}).get("status") != "ready":
             self.close()
@@ -161,7 +162,7 @@ class Child:
         """The answer to one task; "failed" where the process died of it, after which it is of no more use."""
         self.asked += 1
         try:
-            print(json.dumps(task), file=self.process.stdin, flush=True)
+            print(json.dumps(task), file=self._tasks, flush=True)
         except OSError:
             pass
         return self._answer() or {
@@ -175,14 +176,14 @@ class Child:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self._tasks, self._answers):
             try:
                 stream.close()
             except OSError:
                 pass
 
     def _answer(self) -> dict | None:
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         try:
             return json.loads(line)
         except ValueError:
@@ -209,7 +210,8 @@ def _child(python: Path) -> Child:
 
 def _object(variant: Variant, answer: dict, directory: Path) -> SourceObject:
     factory = variant.factory
-    turn = {0: ((1, 0), (0, 1)), 90: ((0, -1), (1, 0)), -90: ((0, 1), (-1, 0)), 180: ((-1, 0), (0, -1))}[factory.turn]
+    turns = {0: (1.0, 0.0, 0.0, 1.0), 90: (0.0, -1.0, 1.0, 0.0), -90: (0.0, 1.0, -1.0, 0.0), 180: (-1.0, 0.0, 0.0, -1.0)}
+    xx, xy, yx, yy = turns[factory.turn]
     return SourceObject(
         id=variant.id,
         name=factory.nouns[0],
@@ -219,7 +221,7 @@ def _object(variant: Variant, answer: dict, directory: Path) -> SourceObject:
         creator="Infinigen",
         licence=LICENCE,
         library=LIBRARY,
-        rotation=((*map(float, turn[0]), 0.0), (*map(float, turn[1]), 0.0), (0.0, 0.0, 1.0)),
+        rotation=((xx, xy, 0.0), (yx, yy, 0.0), (0.0, 0.0, 1.0)),
         up="z",
     )
 
@@ -235,7 +237,7 @@ def _captions(factory: Factory, answer: dict) -> list[str]:
     main = parts.pop("", [])
     named = []
     for word, members in parts.items():
-        if sum(member["share"] for member in members) >= _PART_SHARE:
+        if sum(member["share"] for member in members) >= PART_SHARE:
             largest = max(members, key=lambda member: member["share"])
             named.append(Part(word, colour_word(largest["colour"]), material_word(largest["material"])))
     whole = Part("", "", "")
@@ -243,43 +245,7 @@ def _captions(factory: Factory, answer: dict) -> list[str]:
         total = sum(part["share"] for part in main)
         largest = max(main, key=lambda part: part["share"])
         # Of many materials none is the object's.
-        if largest["share"] >= _MAIN_SHARE * total:
+        if largest["share"] >= MAIN_SHARE * total:
             whole = Part("", colour_word(largest["colour"]), material_word(largest["material"]))
     details = [text for trait, (value, text) in factory.details.items() if answer["traits"].get(trait) == value]
     return describe(factory.nouns, whole, named, details)
-
-
-# Material names in Infinigen -> what they are in a caption, the first that is found in a name.
-_MATERIALS = {
-    "black_glass": "glass",
-    "plywood": "wood",
-    "wood": "wood",
-    "bark": "",
-    "metal": "metal",
-    "aluminum": "metal",
-    "steel": "metal",
-    "leather": "leather",
-    "velvet": "velvet",
-    "knit": "knitted fabric",
-    "fabric": "fabric",
-    "plastic": "plastic",
-    "rubber": "rubber",
-    "glass": "glass",
-    "ceramic": "ceramic",
-    "porcelain": "ceramic",
-    "marble": "marble",
-    "concrete": "concrete",
-    "brick": "brick",
-    "plaster": "plaster",
-    "stone": "stone",
-}
-
-
-def material_word(material: str) -> str:
-    """What a material of Infinigen is called in a caption; "" where its name does not say.
-
-    >>> material_word("shader_galvanized_metal"), material_word("shader_leaf")
-    ('metal', '')
-    """
-    name = material.lower()
-    return next((word for key, word in _MATERIALS.items() if key in name), "")

@@ -22,8 +22,7 @@ class Factory:
     details: dict[str, tuple[object, str]] = field(default_factory=dict)  # switch -> (value, what a caption then says)
 
 
-_ARMS = {"has_arm": (True, "armrests")}
-_ROUND_SEAT = {"is_seat_round": (True, "a round seat")}
+_ARMS: dict[str, tuple[object, str]] = {"has_arm": (True, "armrests")}
 _F = Factory
 FACTORIES = (
     # seating

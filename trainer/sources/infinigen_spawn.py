@@ -110,10 +110,10 @@ def collect(tree: set) -> list[tuple]:
             continue
         key = (source.original.name, source.data.name if source.data else "")
         if key not in found:
-            found[key] = (source, [], source.material_slots)
+            found[key] = (source, [])
         found[key][1].append(np.array(instance.matrix_world))
     pieces = []
-    for source, matrices, _ in found.values():
+    for source, matrices in found.values():
         mesh = bpy.data.meshes.new_from_object(source, preserve_all_data_layers=True, depsgraph=graph)
         if not len(mesh.polygons):
             continue
@@ -462,7 +462,7 @@ def materials_of(maker) -> dict[str, list[str]]:
 
 def traits(maker) -> dict:
     """Switches and choices of a factory: has_arm, leg_type and the like."""
-    found = {}
+    found: dict[str, object] = {}
     for one in makers(maker, []):
         for name, value in vars(one).items():
             if isinstance(value, np.generic):

@@ -13,24 +13,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from generator.errors import InputError
 from generator.files import replacing
 
 from .captions import Part
-from .objects import MAX_OBJECT_BYTES, read_entry
+from .objects import MAX_OBJECT_BYTES, read_entry, texture_names
 
-# Parts of a material's name -> material, the first that is found; makers wrote in English, French, Spanish, Catalan, Portuguese.
+# Parts of a material's name -> material, the first that is found; makers wrote in English, French, Spanish, Catalan, Portuguese,
+# Infinigen in English ("shader_galvanized_metal").
 _MATERIALS = {
     "plywood": "wood",
     "wood": "wood",
     "madera": "wood",
     "madeira": "wood",
     "fusta": "wood",
+    "bark": "",
     "bamboo": "bamboo",
     "rattan": "rattan",
     "wicker": "wicker",
     "leather": "leather",
     "cuir": "leather",
     "velvet": "velvet",
+    "knit": "knitted fabric",
     "fabric": "fabric",
     "textile": "fabric",
     "cloth": "fabric",
@@ -42,6 +46,8 @@ _MATERIALS = {
     "marble": "marble",
     "stone": "stone",
     "concrete": "concrete",
+    "brick": "brick",
+    "plaster": "plaster",
     "glass": "glass",
     "vidro": "glass",
     "cristal": "glass",
@@ -100,7 +106,7 @@ _HEADS = {
 }
 _DEFAULTS = {(0.8, 0.8, 0.8), (0.64, 0.64, 0.64), (1.0, 1.0, 1.0)}
 # Share of the surface that a part must have to be named, and that a material must have to be the object's.
-_PART_SHARE, _MAIN_SHARE = 0.03, 0.5
+PART_SHARE, MAIN_SHARE = 0.03, 0.5
 
 
 def material_word(name: str) -> str:
@@ -108,6 +114,8 @@ def material_word(name: str) -> str:
 
     >>> material_word("White_Wood"), material_word("Material.001"), material_word("oak3"), material_word("eyeglasses")
     ('wood', '', 'wood', '')
+    >>> material_word("shader_galvanized_metal"), material_word("shader_leaf")
+    ('metal', '')
     """
     words = _split(name)
     text = " ".join(words).replace("material", "").replace("glasses", "")
@@ -149,15 +157,15 @@ def looks(noun: str, surfaces: list[dict]) -> tuple[Part, list[Part]]:
     for word, members in parts.items():
         share = sum(member["share"] for member in members)
         said = word.rstrip("s") in noun or not re.search(_HEADS.get(word, ""), noun)
-        if word and not said and _PART_SHARE <= share < 1 - _PART_SHARE:
+        if word and not said and PART_SHARE <= share < 1 - PART_SHARE:
             largest = max(members, key=lambda member: member["share"])
             colour = colour_word(largest["colour"]) if largest["colour"] else ""
             # A leaf is black where its texture decides over a colour that nobody chose.
             colour = "" if (word, colour) == ("leaves", "black") else colour
             named.append((share, Part(word, colour, material_word(largest["material"]))))
     named.sort(key=lambda entry: -entry[0])
-    material = max(made, key=made.get, default="")
-    return Part("", "", material if made.get(material, 0) >= _MAIN_SHARE else ""), [part for _, part in named]
+    material = max(made, key=made.__getitem__, default="")
+    return Part("", "", material if made.get(material, 0) >= MAIN_SHARE else ""), [part for _, part in named]
 
 
 def read_surfaces(archive: zipfile.ZipFile, member: str) -> list[dict]:
@@ -188,7 +196,8 @@ def _areas(obj: bytes) -> tuple[dict[str, float], list[str]]:
     vertices = np.array(b" ".join(b" ".join(line.split()[1:4]) for line in lines if line[:2] == b"v ").split(), dtype=np.float64)
     vertices = vertices.reshape(-1, 3)
     areas: dict[str, float] = {}
-    libraries, material, faces, seen = [], "", [], 0
+    libraries, material, seen = [], "", 0
+    faces: list[tuple[int, int, int]] = []
 
     def close() -> None:
         if faces:
@@ -230,8 +239,7 @@ def _read_colours(text: str, read: Callable[[str], bytes | None], colours: dict[
             # What programs write where nobody chose a colour.
             colours[name] = None if not colour or tuple(colour) in _DEFAULTS else colour
         elif words[0] == "map_Kd":
-            parts = words[1].split()
-            pixels = next((data for first in range(len(parts)) if (data := read(" ".join(parts[first:]))) is not None), None)
+            pixels = next((data for _, reference in texture_names(words[1]) if (data := read(reference)) is not None), None)
             colours[name] = _mean(pixels) if pixels else None
 
 
@@ -256,7 +264,7 @@ def library_surfaces(path: Path, members: list[str]) -> dict[str, list[dict]]:
         stored = json.loads(kept.read_text(encoding="utf-8"))
         if stored["stamp"] == stamp and set(members) <= set(stored["surfaces"]):
             return stored["surfaces"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     surfaces = {}
     with zipfile.ZipFile(path) as archive:
@@ -268,6 +276,6 @@ def library_surfaces(path: Path, members: list[str]) -> dict[str, list[dict]]:
     try:
         with replacing(kept) as partial:
             partial.write_text(json.dumps({"stamp": stamp, "surfaces": surfaces}), encoding="utf-8")
-    except OSError:
+    except InputError:
         pass  # a folder that cannot be written to is read anew the next time
     return surfaces

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from generator.errors import InputError
 
+# Where libraries and objects that are fetched or made are kept; `make clean` leaves it alone.
+CACHE = "runs/sources"
 # What zipfile raises on archives that are damaged, encrypted or packed in ways it does not know.
 ARCHIVE_ERRORS = (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 # The formats Blender imports for us; each with the axis that points up in its files.
 MESH_SUFFIXES = {".obj": "y", ".glb": "y", ".gltf": "y", ".ply": "z"}
 # What one object may unpack to; far above any real catalogue entry, far below what fills a disk.
 MAX_OBJECT_BYTES = 512 * 2**20
+# Words before the file name of a texture: all options that MTL knows take fewer.
+_MAP_OPTIONS = 32
+# Zip keeps the length of a name in two bytes.
+_MAX_NAME = 2**16
 
 
 @dataclass(frozen=True)
@@ -54,18 +62,44 @@ def slug(text: str) -> str:
 
 
 def unique_slugs(texts: Iterable[str]) -> list[str]:
-    """Slugs in order; the second and later of equal ones get -2, -3 and so on."""
+    """Slugs in order; the second and later of equal ones get -2, -3 and so on.
+
+    Where a slug loses letters or digits of other scripts than Latin, a piece of the text's hash stands for them: two such
+    texts are told apart by what they say, not by their order.
+    """
     taken: set[str] = set()
+    numbers: dict[str, int] = {}  # the last one that was given to each slug
     slugs = []
     for text in texts:
         base = slug(text)
-        candidate, number = base, 1
+        if any(_is_lost(letter) for letter in text):
+            # The same name in one file system is composed, in another decomposed.
+            composed = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
+            base = f"{base}-{hashlib.sha256(composed).hexdigest()[:6]}"
+        number = numbers.get(base, 1)
+        candidate = base if number == 1 else f"{base}-{number}"
         while candidate in taken:
             number += 1
             candidate = f"{base}-{number}"
+        numbers[base] = number
         taken.add(candidate)
         slugs.append(candidate)
     return slugs
+
+
+def _is_lost(letter: str) -> bool:
+    """Whether a slug says nothing of a letter or digit. Latin letters with accents are not spelled either, but their words are."""
+    return letter.isalnum() and not letter.isascii() and not unicodedata.name(letter, "").startswith("LATIN ")
+
+
+def texture_names(value: str) -> Iterator[tuple[list[str], str]]:
+    """What the value of a map_Kd or map_d may mean, as (options, file name).
+
+    Options come before the file name, and file names hold blanks: words are dropped from the left.
+    """
+    words = value.split() if len(value) < _MAX_NAME else []
+    for first in range(min(len(words), _MAP_OPTIONS)):
+        yield words[:first], " ".join(words[first:])
 
 
 def extract(source: SourceObject, directory: Path) -> Path:
@@ -120,9 +154,12 @@ def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> by
     # zipfile reads what the directory declares, packed and unpacked, in one piece: so the declarations are what has to be checked.
     if info.file_size > most:
         raise zipfile.BadZipFile(f"{info.filename} unpacks to more than {most // 2**20} MiB")
+    assert archive.filename is not None  # it was opened by its path
     if info.compress_size > Path(archive.filename).stat().st_size:
         raise zipfile.BadZipFile(f"{info.filename} is said to be larger than the archive")
-    return archive.read(info)
+    with archive.open(info) as stream:
+        # Asked for everything, zipfile unpacks all that is packed before it looks at the declared size.
+        return stream.read(info.file_size)
 
 
 class _Reader:
@@ -130,7 +167,9 @@ class _Reader:
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.archive, self.left = path, archive, MAX_OBJECT_BYTES
-        self.names = {info.filename.replace("\\", "/").lstrip("/"): info for info in archive.infolist() if not info.is_dir()}
+        self.names = {
+            info.filename.replace("\\", "/").lstrip("/"): info for info in archive.infolist() if info.filename and not info.is_dir()
+        }
         self.folded = {name.lower(): name for name in sorted(self.names, reverse=True)}
 
     def read(self, name: str) -> bytes:
@@ -184,14 +223,12 @@ def _clean_materials(reader: _Reader, folder: str, text: str, textures: dict[str
         if key in ("newmtl", "Kd", "d", "Tr"):
             kept.append(f"{key} {value.strip()}")
         elif key in ("map_Kd", "map_d"):
-            # Options come before the file name, and file names hold blanks: drop words from the left until a file is found.
-            words = value.split()
-            for first in range(len(words)):
-                entry = reader.find(folder, " ".join(words[first:]))
+            for options, reference in texture_names(value):
+                entry = reader.find(folder, reference)
                 if entry is not None:
                     suffix = os.path.splitext(entry)[1].lower()
                     suffix = suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ""
                     name = textures.setdefault(entry, f"texture_{len(textures)}{suffix}")
-                    kept.append(" ".join([key, *words[:first], name]))
+                    kept.append(" ".join([key, *options, name]))
                     break
     return kept

@@ -52,17 +52,19 @@ def sweet_home_3d(path: str | Path) -> list[SourceObject]:
 def parse_properties(text: str) -> dict[str, str]:
     """Key and value pairs of a Java .properties text (already decoded from Latin-1): comments, escapes, continued lines."""
     properties = {}
-    pending = ""
+    pending: list[str] = []
     for raw in re.split(r"\r\n|\r|\n", text):
-        line = pending + raw.lstrip(" \t\f")
+        line = raw.lstrip(" \t\f")
         if not pending and (not line or line[0] in "#!"):
             continue
         # A line goes on where it ends in an odd number of backslashes.
         if (len(line) - len(line.rstrip("\\"))) % 2:
-            pending = line[:-1]
+            pending.append(line[:-1])
             continue
-        pending = ""
+        line = "".join([*pending, line])
+        pending.clear()
         split = re.match(r"((?:\\.|[^\\=: \t\f])*)[ \t\f]*[=:]?[ \t\f]*(.*)", line, re.DOTALL)
+        assert split is not None  # all its parts may be empty
         properties[_unescape(split[1])] = _unescape(split[2])
     return properties
 
@@ -76,7 +78,7 @@ def _unescape(text: str) -> str:
 
 
 def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[SourceObject]:
-    numbers = sorted(int(key[5:]) for key in properties if re.fullmatch(r"name#\d+", key))
+    numbers = sorted(int(key[5:]) for key in properties if re.fullmatch(r"name#(?:0|[1-9][0-9]{0,8})", key))
     if not numbers:
         raise InputError(f"{path}: the catalogue lists no furniture")
     library = properties.get("name") or path.stem
@@ -98,7 +100,7 @@ def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[So
         if member not in names:
             raise InputError(f"{path}: the catalogue names {member}, which the archive does not hold")
         tags = tuple(tag.strip() for tag in value("tags").split(",") if tag.strip())
-        sizes = [_number(path, f"{key}#{number}", value(key)) for key in ("width", "depth", "height")]
+        width, depth, height = (_number(path, f"{key}#{number}", value(key)) / 100 for key in ("width", "depth", "height"))
         objects.append(
             SourceObject(
                 id=identifier,
@@ -111,7 +113,7 @@ def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[So
                 creator=value("creator"),
                 licence=licence,
                 library=library,
-                size=tuple(size / 100 for size in sizes) if all(size is not None and size > 0 for size in sizes) else None,
+                size=(width, depth, height) if width > 0 and depth > 0 and height > 0 else None,
                 rotation=_rotation(path, number, value("modelRotation")),
                 up="y",
             )
@@ -121,30 +123,31 @@ def _objects(path: Path, properties: dict[str, str], names: set[str]) -> list[So
 
 def _with_looks(path: Path, objects: list[SourceObject]) -> list[SourceObject]:
     """The objects with captions that also say of what they and their parts are made."""
-    surfaces = library_surfaces(path, [source.member for source in objects if source.member.lower().endswith(".obj")])
+    surfaces = library_surfaces(path, [source.member for source in objects if source.member and source.member.lower().endswith(".obj")])
     found = []
     for source in objects:
         noun = source.captions[0]
-        whole, parts = looks(noun, surfaces.get(source.member, []))
+        whole, parts = looks(noun, surfaces.get(source.member or "", []))
         more = describe([noun], whole, () if _LIVING.search(noun) else parts)
         found.append(replace(source, captions=list(dict.fromkeys([*source.captions, *more]))))
     return found
 
 
-def _number(path: Path, key: str, text: str) -> float | None:
+def _number(path: Path, key: str, text: str) -> float:
+    """0 where there is none."""
     try:
-        return float(text) if text else None
+        return float(text) if text else 0.0
     except ValueError as error:
         raise InputError(f"{path}: {key} is not a number: {text!r}") from error
 
 
-def _rotation(path: Path, number: int, text: str) -> tuple[tuple[float, ...], ...] | None:
+def _rotation(path: Path, number: int, text: str) -> tuple[tuple[float, float, float], ...] | None:
     if not text:
         return None
     values = [_number(path, f"modelRotation#{number}", word) for word in text.split()]
     if len(values) != 9:
         raise InputError(f"{path}: modelRotation#{number} needs 9 numbers, got {len(values)}")
-    return tuple(tuple(values[3 * row : 3 * row + 3]) for row in range(3))
+    return tuple(zip(values[::3], values[1::3], values[2::3], strict=True))
 
 
 def _licence(text: str) -> str:
