@@ -24,8 +24,7 @@ from _report import report
 from torch import Tensor
 
 from generator.atlas import Atlas, from_atlas, pack
-from generator.model.editing import clean_estimate
-from generator.model.folding import fold, unfold
+from generator.model.editing import set_start
 from generator.model.pipeline import GaussianAtlasPipeline
 from generator.model.prior import AtlasPrior, PriorAccumulator
 from trainer.dataset import read_shards
@@ -45,7 +44,6 @@ def main() -> None:
         print("denoise: name the shards of a run, such as runs/everyday/shards; nothing measured")
         return
     pipeline = GaussianAtlasPipeline.from_pretrained(options.bundle)
-    pipeline._damping = None  # a matter of taste at sampling
     accumulator = PriorAccumulator(pipeline.layout.id)
     others, groups = Group(), {"learned": Group(), "held out": Group()}
     for sample, layout_id in read_shards(options.shards):
@@ -94,7 +92,9 @@ class Regression:
         self.known, self.values = features - self.centre, (clean - self.mean).flatten(1)
 
     def features(self, captions: list[str]) -> Tensor:
-        hidden = torch.cat([self.pipeline._encode(captions[start : start + 64]).float() for start in range(0, len(captions), 64)])
+        hidden = torch.cat(
+            [self.pipeline.text_encoder.encode(captions[start : start + 64]).hidden for start in range(0, len(captions), 64)]
+        )
         tokens = (hidden != 0).any(-1, keepdim=True)
         return hidden.sum(1) / tokens.sum(1)
 
@@ -111,21 +111,16 @@ def levels(
 ) -> list[dict]:
     """A row for each of ten levels, beginning with `row`."""
     clean, captions = group
-    text = pipeline._encode(captions)
     generator, rows = torch.Generator().manual_seed(0), []
-    scheduler = pipeline._scheduler(10, 1.0)
-    factor = int(pipeline.info.get("fold", 1))
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    set_start(scheduler, 10, 1.0, torch.device("cpu"))
     alone = None if regression is None else min((errors(estimate, clean) for estimate in regression.estimates(captions)), key=sum)
     for timestep in scheduler.timesteps:
         rate = scheduler.alphas_cumprod[int(timestep)]
         alpha, sigma = rate.sqrt(), (1 - rate).sqrt()
         noisy = alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
-        found = []
-        for start in range(0, len(clean), BATCH):
-            predict = pipeline._predictor(text[start : start + BATCH], None, 1.0, None)
-            with torch.no_grad():
-                found.append(unfold(predict(fold(noisy[start : start + BATCH], factor), timestep), factor))
-        network = clean_estimate(torch.cat(found), noisy, alpha, sigma, scheduler.config.prediction_type)
+        parts = [slice(start, start + BATCH) for start in range(0, len(clean), BATCH)]
+        network = torch.cat([pipeline.estimate(noisy[part], captions[part], int(timestep)) for part in parts])
         known = {"network": errors(network, clean), "filter": errors(prior.filter(noisy, alpha, sigma).mean, clean), "text alone": alone}
         rows.append(row | {"atlases": len(clean), "signal / noise": float(rate / (1 - rate))})
         for name, found in known.items():

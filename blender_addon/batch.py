@@ -192,6 +192,8 @@ def _make(request: Request, out: Path, files: dict[str, str], seconds: dict[str,
     from .splat_object import cells
 
     result: Generated = generation.generate(request, _no_report, threading.Event())[0]
+    for note in result.notes:
+        print(f"  {note}", flush=True)
     seconds.update({stage: round(value, 3) for stage, value in result.seconds.items()})
     with _timed(seconds, "ply"):
         formats.save(result.gaussians, out / files["ply"], metadata=result.provenance.as_metadata())

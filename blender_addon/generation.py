@@ -93,6 +93,7 @@ class Generated:
     gaussians: Gaussians
     provenance: Provenance
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage: "load", "sample"
+    notes: tuple[str, ...] = ()  # what a person should know, a line each
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def generate(request: Request, report: Report, cancel: threading.Event, look: bo
             edit=one.edit.to_json() if one.edit else "",
         )
         seconds = {"load": load_seconds if index == 0 else 0.0, "sample": time.perf_counter() - started}
-        results.append(Generated(out.gaussians[0], provenance, seconds))
+        results.append(Generated(out.gaussians[0], provenance, seconds, tuple(out.notes)))
         if look:
             report(stage, one.steps, one.steps, Preview.of(out.gaussians[0], index, results[-1]))
     return results

@@ -8,7 +8,6 @@ Nothing is ever unpickled or executed; other kinds of files are refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import stat
@@ -16,14 +15,14 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from ..generator.errors import Cancelled, InputError, WorkError
-from ..generator.files import replacing_folder
+from ..generator.files import parse_json, replacing_folder
 from . import extension, service
 from .job import Report
 from .service import ModelInfo
@@ -91,7 +90,7 @@ def install(source: str, place: Path, report: Report, cancel: threading.Event, o
             raise InputError(
                 f"{source} is no folder or zip here, and Blender may not go online: allow it in Preferences > System > Network"
             )
-        with _hub(source, place, report, cancel) as files:
+        with _hub(source, report, cancel) as files:
             return _take(files, place, source, report, cancel)
     raise InputError(f"there is no model at {source}: name a folder, a zip, or a hub id such as owner/name")
 
@@ -125,7 +124,7 @@ class _Files:
         """bundle.json."""
         raise NotImplementedError
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> IO[bytes] | _Download:
         """One of the listed files. Raises InputError where it is not there or not a plain file."""
         raise NotImplementedError
 
@@ -173,11 +172,11 @@ def _take(files: _Files, place: Path, source: str, report: Report, cancel: threa
 def _entries(data: bytes, source: str) -> tuple[dict[str, dict], dict]:
     """The listed files of a bundle.json and all of it, checked. Raises InputError."""
     try:
-        bundle = json.loads(data)
+        bundle = parse_json(data)
         entries = dict(bundle["files"])
         str(bundle["name"])
         known = bundle["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{source}: {BUNDLE} is not a readable model description") from None
     if not known:
         raise InputError(f"{source}: this model has another format than {FORMAT}; a newer version of the extension may read it")
@@ -273,39 +272,60 @@ def _zip(path: Path) -> Iterator[_Files]:
             raise InputError(f"{path} is damaged ({error}); get the model again") from error
 
 
+class _Download:
+    """A file of the hub as it comes: no more of it than is read."""
+
+    def __init__(self, what: str, stream: Callable[[], IO[bytes]]) -> None:
+        self._what = what
+        self._stream = self._asked(stream)
+
+    def read(self, size: int) -> bytes:
+        return self._asked(lambda: self._stream.read(size))
+
+    def __enter__(self) -> _Download:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except ImportError:
+            raise
+        except Exception as error:  # of the network, the hub's library, the file system: all mean the same here
+            raise WorkError(f"{self._what} cannot be downloaded: {' '.join(str(error).split())[:200]}") from error
+
+
 @contextmanager
-def _hub(source: str, place: Path, report: Report, cancel: threading.Event) -> Iterator[_Files]:
-    """Downloads the description first, then only what it lists, into a folder that is gone afterwards."""
-    place.mkdir(parents=True, exist_ok=True)
-    staging = place / f".hub-{time.time_ns():x}"
-    staging.mkdir()
+def _hub(source: str, report: Report, cancel: threading.Event) -> Iterator[_Files]:
+    """Reads the description first, then only what it lists, no further than it says."""
 
     class Hub(_Files):
         def description(self) -> bytes:
             report("Asking the hub")
-            return self.open(BUNDLE).read(DESCRIPTION_MAX)
+            with self.open(BUNDLE) as stream:
+                data = stream.read(DESCRIPTION_MAX + 1)
+            if len(data) > DESCRIPTION_MAX:
+                raise InputError(f"{source}: {BUNDLE} is too large to be a model description")
+            return data
 
-        def open(self, name: str) -> IO[bytes]:
+        def open(self, name: str) -> _Download:
             if cancel.is_set():
                 raise Cancelled("the installation was cancelled")
-            try:
-                return open(hub_download(source, name, staging), "rb")
-            except ImportError:
-                raise
-            except Exception as error:  # of requests, the hub's library, the file system: all mean the same here
-                raise WorkError(f"{name} of {source} cannot be downloaded: {' '.join(str(error).split())[:200]}") from error
+            return _Download(f"{name} of {source}", lambda: found(name))
 
-    try:
-        yield Hub()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    found = hub_files(source)
+    yield Hub()
 
 
-def hub_download(source: str, name: str, folder: Path) -> Path:
-    """One file of a hub model, into a folder. The only place of the extension that uses the network."""
-    from huggingface_hub import hf_hub_download
+def hub_files(source: str) -> Callable[[str], IO[bytes]]:
+    """What opens the files of a hub model, which are read as they come. The only place of the extension that uses the network."""
+    from huggingface_hub import HfFileSystem
 
-    return Path(hf_hub_download(source, name, local_dir=folder))
+    # Of its own, or it would remember what the hub said of the model an hour ago.
+    files = HfFileSystem(skip_instance_cache=True)
+    return lambda name: files.open(f"{source}/{name}", "rb", block_size=0)
 
 
 def _sweep(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +17,10 @@ from .splat_object import cells as _cells
 
 # Of a record of edits that a file carries: a .ply has room for 8,000 characters, and quotes in it count twice.
 _EDIT_LIMIT = 4000
+
+# What Blender's properties cannot hold: text ends at a null, is UTF-8, and numbers have 32 bits.
+_UNFIT = re.compile("[\0\ud800-\udfff]")
+_FLOAT_MAX = 3.4e38
 
 _SUGGESTIONS_MAX = 30
 
@@ -163,11 +168,15 @@ def metadata(object: bpy.types.Object, moved: bool = False) -> dict | None:
 
 
 def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
-    """The provenance that an exported file carries; None where it has none or it is not readable as such."""
+    """The provenance that an exported file carries; None where it has none or it is not readable as such.
+
+    Raises:
+        InputError: it is one of numbers or text that Blender's properties cannot hold; what cannot be made again has no provenance.
+    """
     if metadata is None:
         return None
     try:
-        return Provenance(
+        found = Provenance(
             prompt=str(metadata["prompt"]),
             negative_prompt=str(metadata["negative_prompt"]),
             seed=int(metadata["seed"]),
@@ -185,6 +194,19 @@ def provenance_from_metadata(metadata: dict | None) -> Provenance | None:
         )
     except (KeyError, TypeError, ValueError):
         return None
+    except OverflowError:
+        raise InputError("what made the object is left out: a number of it is out of range") from None
+    for field in fields(Provenance):
+        match getattr(found, field.name):
+            case str(value):
+                fits, kind = not _UNFIT.search(value), "text"
+            case int(value):
+                fits, kind = 0 <= value <= SEED_MAX, "integers"
+            case value:
+                fits, kind = abs(value) <= _FLOAT_MAX, "numbers"
+        if not fits:
+            raise InputError(f"what made the object is left out: its {field.name} {value!r:.40} does not fit Blender's {kind}")
+    return found
 
 
 CLASSES = (GaussianAtlasSettings, GaussianAtlasObject, GaussianAtlasStatus)

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generator.errors import InputError
+from ..generator.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,14 @@ def describe(folder: Path) -> ModelInfo:
         return _describe(path, stat.st_mtime_ns, stat.st_size)
     except FileNotFoundError:
         raise InputError(f"no model in {folder}: bundle.json is missing; choose a model folder in the preferences") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a readable model description ({type(error).__name__}); install the model again") from error
 
 
 @lru_cache(maxsize=32)
 def _describe(path: Path, changed: int, size: int) -> ModelInfo:
     data = path.read_bytes()
-    bundle = json.loads(data)
+    bundle = parse_json(data)
     return ModelInfo(
         name=str(bundle["name"]),
         version=str(bundle.get("version", "")),

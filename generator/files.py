@@ -1,13 +1,15 @@
-"""Nothing half-written: files and folders are made beside their place and then renamed into it."""
+"""Nothing half-written: files and folders are made beside their place and then renamed into it. And JSON of unknown origin."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -81,6 +83,18 @@ def check_writable(path: str | os.PathLike) -> None:
         raise InputError(f"cannot write {path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write {path}: no permission to write in the folder {folder}")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for text of any origin.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or nested so deeply that Python's own parser ends in a RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def make_folder(path: str | os.PathLike) -> Path:

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
+from .files import parse_json
+
+# Of an atlas, 1024 a side: what a record says of more is refused before it is unpacked.
+_CELLS_MAX = 1 << 20
 
 VARIATION, INPAINTING, MORPH = "variation", "inpainting", "morph"
 
@@ -38,8 +42,8 @@ def of_morph(first: dict[str, Any], second: dict[str, Any]) -> str:
 def parse(text: str) -> dict[str, Any]:
     """A record; {} where there is none or it is not readable."""
     try:
-        record = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
+        record = parse_json(text) if text else {}
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -56,10 +60,13 @@ def parse_edit(text: str) -> tuple[dict[str, Any], float, np.ndarray | None]:
     try:
         cells = None
         if "cells" in record:
-            packed = np.frombuffer(zlib.decompress(base64.b64decode(record["cells"])), np.uint8)
-            cells = np.nonzero(np.unpackbits(packed))[0].astype(np.int64)
+            unzip = zlib.decompressobj()
+            packed = unzip.decompress(base64.b64decode(record["cells"]), _CELLS_MAX // 8 + 1)
+            if len(packed) > _CELLS_MAX // 8 or not unzip.eof:
+                raise ValueError("more cells than an atlas has, or fewer than were written")
+            cells = np.nonzero(np.unpackbits(np.frombuffer(packed, np.uint8)))[0].astype(np.int64)
         return dict(record["source"]), float(record["strength"]), cells
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
         raise InputError(f"the object's record of its edit is damaged ({type(error).__name__})") from error
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import InputError
-from .files import replacing
+from .files import parse_json, replacing
 
 # The library writes the entries of its metadata in random order; one entry has only one order.
 _RECORD = "record"
@@ -30,14 +30,11 @@ def decode_tensors(payload: bytes) -> tuple[dict[str, Tensor], dict]:
     """
     try:
         tensors = safetensors.torch.load(payload)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # the latter of a kind of number that torch does not know
         raise ValueError(str(error)) from error
     length = int.from_bytes(payload[:8], "little")
-    metadata = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
-    try:
-        record = json.loads(metadata[_RECORD]) if _RECORD in metadata else metadata
-    except RecursionError as error:
-        raise ValueError("its record is nested too deeply") from error
+    metadata = parse_json(payload[8 : 8 + length]).get("__metadata__") or {}
+    record = parse_json(metadata[_RECORD]) if _RECORD in metadata else metadata
     if not isinstance(record, dict):
         raise ValueError("its record is no JSON object")
     return tensors, record

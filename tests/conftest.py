@@ -94,6 +94,7 @@ class FakePipeline:
         self.torus = torus
         self.calls = []
         self.layout, self.low_pass = SimpleNamespace(id="fake", count=196, size=14), 0.0
+        self.notes = []  # what the result says, such as that a prompt was cut
         self.before_step = lambda step: None  # a test may wait, cancel or raise here
 
     def __call__(self, prompt, *, seed, num_inference_steps, callback, cancel, **others):
@@ -103,7 +104,7 @@ class FakePipeline:
                 raise self.cancelled("stopped")
             self.before_step(step)
             callback(step + 1, num_inference_steps, lambda step=step: [self.torus(50, seed=step)])
-        return SimpleNamespace(gaussians=[self.torus(200, seed=len(prompt) + seed)])
+        return SimpleNamespace(gaussians=[self.torus(200, seed=len(prompt) + seed)], notes=self.notes)
 
 
 @pytest.fixture

@@ -65,6 +65,12 @@ def test_one_prompt_writes_blend_ply_and_png(bpy, run, extension, fake_model, tm
     assert str(tmp_path) not in bpy.context.scene.render.filepath, "no path of this machine in the file"
 
 
+def test_that_a_prompt_was_cut_is_said(run, fake_model, tmp_path):
+    fake_model.pipeline.notes = ["the end of this prompt is left out"]
+    status, out, _ = run("generate", "--prompt", "a chair", "--steps", 1, "--out", tmp_path / "out", "--no-render")
+    assert status == 0 and "  the end of this prompt is left out" in out.splitlines()
+
+
 def test_many_prompts_resume_and_leave_finished_files_alone(run, fake_model, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a chair\n\n# a comment\na lamp\na chair\n", encoding="utf-8")

@@ -121,6 +121,18 @@ def test_missing_truncated_and_altered_files(bundle: Path, name: str) -> None:
     load_bundle(bundle)
 
 
+@pytest.mark.parametrize("name", ["bundle.json", "unet/config.json", "text_encoder/config.json", "atlas/channels.json"])
+def test_json_of_many_brackets(bundle: Path, name: str) -> None:
+    """Python's own parser ends in a RecursionError."""
+    (bundle / name).write_text("[" * 100_000)
+    if name != "bundle.json":
+        info = json.loads((bundle / "bundle.json").read_text())
+        info["files"][name] = {"size": 100_000, "sha256": sha256(bundle / name)}
+        (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="nested too deeply"):
+        load_bundle(bundle)
+
+
 def test_without_verification_sizes_are_still_checked(bundle: Path) -> None:
     path = bundle / "CREDITS.csv"
     path.write_bytes(b"Name,licence\n")
@@ -151,6 +163,15 @@ def test_a_git_lfs_pointer_is_recognised(bundle: Path) -> None:
         {"inference": {"dtype": "int8"}},
         {"defaults": {"guidance_scale": "much"}},
         {"defaults": [2.0]},
+        {"defaults": {"guidance_scale": 10**400}},
+        {"defaults": {"num_inference_steps": 2.5}},
+        {"atlas": [1]},
+        {"low_pass": "x"},
+        {"low_pass": -1},
+        {"coverage": "x"},
+        {"coverage": float("nan")},
+        {"vocabulary": 5},
+        {"vocabulary": ["a lamp", 5]},
     ],
 )
 def test_a_contradictory_bundle_json(bundle: Path, change: dict) -> None:
@@ -159,6 +180,48 @@ def test_a_contradictory_bundle_json(bundle: Path, change: dict) -> None:
     with pytest.raises(InputError) as error:
         load_bundle(bundle)
     assert str(bundle) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_train_timesteps": 10**11},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": "many"},
+        {"prediction_type": "flow"},
+        {"beta_schedule": ["linear"]},
+        {"beta_start": None},
+    ],
+)
+def test_a_schedule_that_is_none(bundle: Path, change: dict) -> None:
+    from generator.model.pipeline import GaussianAtlasPipeline
+
+    path = bundle / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    info = json.loads((bundle / "bundle.json").read_text())
+    info["files"]["scheduler/scheduler_config.json"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="scheduler") as error:
+        GaussianAtlasPipeline.from_pretrained(bundle, device="cpu")
+    assert str(bundle) in one_line(error)
+
+
+@pytest.mark.parametrize("change", [{"norm_num_groups": 0}, {"block_out_channels": []}, {"down_block_types": ["Pickle"]}])
+def test_a_network_that_is_none(original: Path, change: dict) -> None:
+    bundle = load_bundle(original)
+    with pytest.raises(InputError, match="weights cannot be loaded"):
+        replace(bundle, unet_config=bundle.unet_config | change).load_unet()
+
+
+@pytest.mark.parametrize("name", ["text_encoder/model/modeling.py", "unet/weights.bin", "setup"])
+def test_only_plain_data_is_listed(bundle: Path, name: str) -> None:
+    info = json.loads((bundle / "bundle.json").read_text())
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    info["files"][name] = {"size": 1, "sha256": sha256(bundle / name)}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="no plain data"):
+        load_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", ["../secret.json", "/etc/hostname", "a\\b"])
@@ -172,7 +235,7 @@ def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
 
 def test_names_that_no_file_can_have_are_missing_files(bundle: Path) -> None:
     text = (bundle / "bundle.json").read_text()
-    for name in ("a\0b", "x" * 300):
+    for name in ("a\0b.json", f"{'x' * 300}.json"):
         info = json.loads(text)
         info["files"][name] = {"size": 1, "sha256": "0"}
         (bundle / "bundle.json").write_text(json.dumps(info))
@@ -265,6 +328,60 @@ def test_a_hub_id_is_only_fetched_when_allowed(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(InputError, match="not allowed"):
         find_bundle("owner/gaussian-atlas-base", allow_download=False)
     assert calls == [("owner/gaussian-atlas-base", False), ("owner/gaussian-atlas-base", True)]
+
+
+@pytest.mark.parametrize("wanted", [None, ["unet/config.json", "tokenizer/*"]])
+def test_only_plain_data_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: list[str] | None) -> None:
+    """By the hub library's own reading of the patterns."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    plain = ["unet/config.json", "tokenizer/tokenizer.json", "tokenizer/merges.txt", "README.md", "unet/a.safetensors"]
+    other = ["tokenizer/tokenization.py", "text_encoder/model/modeling.py", "unet/a.bin", "tokenizer/a.pkl", "unet/a.msgpack", "run.sh"]
+    fetched = []
+
+    def snapshot(repo: str, allow_patterns: list[str] | None = None, ignore_patterns: list[str] | None = None, **_: object) -> str:
+        fetched.extend(filter_repo_objects(plain + other, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    find_bundle("owner/gaussian-atlas-base", wanted=wanted)
+    assert fetched == (plain if wanted is None else plain[:3])
+
+
+def clip(folder: Path) -> Path:
+    """A folder with a tiny text model and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(vocab_size=40000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    CLIPTextModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copyfile(text_encoder().tokenizer_folder / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["configuration", "model", "tokenizer", "attention", "adapter", "damaged"])
+def test_python_beside_a_text_encoder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Even where somebody answers yes on the console."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = clip(tmp_path / "clip"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    changes = {
+        "configuration": ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}),
+        "model": ("config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
+        "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
+        "attention": ("config.json", {"attn_implementation": "somebody/kernel"}),
+        "adapter": ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}),
+        "damaged": ("config.json", {"hidden_size": "wide"}),
+    }
+    name, change = changes[what]
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | change))
+    with pytest.raises(InputError) as error:
+        TextEncoder.from_folder(folder, max_length=16).encode(["a chair"])
+    assert str(folder) in one_line(error)
+    assert not ran.exists()
 
 
 def test_a_text_encoder_with_other_weights_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_spec_json():
     assert ChannelSpec.from_json(spec.to_json()) == spec
     values = json.loads(spec.to_json())
     bad = [
-        "{", "[]", "{}", json.dumps(values | {"extra": 1}), json.dumps(values | {"scale": "cube root"}),
+        "{", "[]", "{}", "[" * 100_000, json.dumps(values | {"extra": 1}), json.dumps(values | {"scale": "cube root"}),
         json.dumps(values | {"min_scale": 2.0}), json.dumps(values | {"min_scale": "small"}), json.dumps(values | {"rotation": ["x"]}),
         json.dumps(values | {"opacity_margin": 0.5}), json.dumps(values | {"opacity_margin": None}),
         json.dumps({key: values[key] for key in values if key != "rotation"}),

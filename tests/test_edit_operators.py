@@ -246,6 +246,14 @@ def test_another_object_chooses_by_its_box(bpy, model, lamp, extension, kind):
     assert np.array_equal(changed, chosen)
 
 
+@pytest.mark.filterwarnings("ignore:the model reads")
+def test_that_a_prompt_was_cut_is_said_of_an_edit_too(bpy, model, lamp, capfd):
+    choose(bpy, lamp, np.arange(len(lamp.data.points)) < 50)
+    assert bpy.ops.gaussian_atlas.inpaint(prompt="a tall lamp " * 30) == {"FINISHED"}
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Warning:")]
+    assert len(said) == 1 and "the end of this prompt is left out" in said[0]
+
+
 def test_undo_brings_the_old_splats_back(bpy, model, lamp, extension):
     name, before = lamp.name, values(extension, lamp)
     choose(bpy, lamp, np.arange(1024) < 200)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,6 +188,7 @@ def test_predictions_are_averaged_before_guidance(guidance: float) -> None:
     pipe.text_encoder = SimpleNamespace(
         encode=lambda prompts: SimpleNamespace(hidden=torch.stack([torch.full((4, 8), float(prompt)) for prompt in prompts])),
         unconditional=lambda count: SimpleNamespace(hidden=torch.zeros(count, 4, 8)),
+        left_out=lambda prompts: [],
     )
     values = pipe("1", mix_prompt="3", mix_weight=0.25, num_inference_steps=3, guidance_scale=guidance).atlases[0].values
     expected = normalization().denormalize(unfold((1 + guidance * 1.5) * pipe.unet.clean, 2))[0]
@@ -387,6 +390,25 @@ def test_records_survive_and_damage_is_told() -> None:
             parse_edit(text)
     with pytest.raises(InputError, match="morph"):
         parse_edit(of_morph({}, {}))
+    assert describe("[" * 100_000) == "", "Python's parser ends in a RecursionError"
+
+
+@pytest.mark.parametrize("size", [1 << 17, 12_000_000])
+def test_a_record_is_unpacked_no_further_than_an_atlas_goes(size: int) -> None:
+    """A few kilobytes may hold the bits of a hundred million cells."""
+
+    def record(packed: bytes) -> str:
+        return json.dumps({"kind": "inpainting", "source": {}, "strength": 1, "cells": base64.b64encode(packed).decode()})
+
+    zipped = zlib.compress(bytes(size - 1) + b"\1", 9)
+    assert len(record(zipped)) < 16_000
+    if size > 1 << 17:
+        with pytest.raises(InputError, match="damaged"):
+            parse_edit(record(zipped))
+    else:
+        assert parse_edit(record(zipped))[2].tolist() == [2**20 - 1]
+    with pytest.raises(InputError, match="damaged"):
+        parse_edit(record(zipped[:-1]))
 
 
 def test_a_record_is_described_or_nothing_is_said() -> None:

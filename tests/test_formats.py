@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 from plyfile import PlyData, PlyElement
 
-from generator.errors import InputError
-from generator.formats import SUFFIXES, axes, load, load_metadata, save
+from generator.errors import InputError, WorkError
+from generator.formats import SUFFIXES, axes, load, load_metadata, save, spz
 from generator.formats.raw import SH_C0
 from generator.gaussians import Gaussians
 
@@ -103,6 +104,10 @@ def test_provenance_survives_in_a_ply_only(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="metadata"):
         save(random_gaussians(3), tmp_path / "c.ply", metadata={"seed": object()})
     assert not (tmp_path / "c.ply").exists()
+    # Python's JSON parser ends in a RecursionError.
+    content = (tmp_path / "b.ply").read_bytes()
+    (tmp_path / "b.ply").write_bytes(content.replace(b"element", b"comment gaussian-atlas " + b"[" * 100_000 + b"\nelement", 1))
+    assert load_metadata(tmp_path / "b.ply") is None and len(load(tmp_path / "b.ply")) == 3
 
 
 @pytest.mark.parametrize(("dtype", "text", "byte_order"), [("f4", False, "<"), ("f8", False, ">"), ("f4", True, "=")])
@@ -333,6 +338,30 @@ def test_incomplete_compressed_ply_is_one_clear_line(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("name", ["f_rest_0", "red", "opacity"])
+def test_a_property_that_is_a_list_is_named(tmp_path: Path, name: str) -> None:
+    properties = GAUSSIAN_PROPERTIES.replace("float opacity", "float transparency").replace("f_dc_0", "f_dc")
+    properties += "".join(f"property {'list uchar float' if color == name else 'float'} {color}\n" for color in ("red", "green", "blue"))
+    properties += f"property list uchar float {name}\n" if name != "red" else ""
+    (tmp_path / "a.ply").write_bytes(
+        header(1, properties, "ascii") + b"0.5 " * 17 + (b"1 1 1 1" if name == "red" else b"1 1 1 1 1") + b"\n"
+    )
+    with pytest.raises(InputError, match=f"the property {name} is a list"):
+        load(tmp_path / "a.ply")
+
+
+@pytest.mark.parametrize("name", ["min_x", "max_scale_z", "min_r"])
+def test_a_limit_that_is_a_list_is_named(tmp_path: Path, name: str) -> None:
+    limits = [f"{end}_{axis}" for axis in ("x", "y", "z", "scale_x", "scale_y", "scale_z", "r", "g", "b") for end in ("min", "max")]
+    kinds = "".join(f"property {'list uchar float' if limit == name else 'float'} {limit}\n" for limit in limits)
+    packed = "".join(f"property uint packed_{which}\n" for which in ("position", "rotation", "scale", "color"))
+    values = " ".join("1 0.5" if limit == name else "0.5" for limit in limits)
+    text = f"ply\nformat ascii 1.0\nelement chunk 1\n{kinds}element vertex 1\n{packed}end_header\n{values}\n1 2 3 4\n"
+    (tmp_path / "a.ply").write_text(text)
+    with pytest.raises(InputError, match=f"the property {name} is a list"):
+        load(tmp_path / "a.ply")
+
+
 def test_a_mesh_is_named_as_one(tmp_path: Path) -> None:
     path = tmp_path / "mesh.ply"
     faces = "element face 1\nproperty list uchar int vertex_indices\n"
@@ -436,6 +465,71 @@ def test_damaged_spz_of_version_4_gives_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(InputError) as error:
             load(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_small_spz_of_version_4_does_not_fill_the_memory(tmp_path: Path, stated: bool) -> None:
+    """Ten million Gaussians that are all alike are a few kilobytes; frames need not state what they hold, and may state anything."""
+    zstandard = pytest.importorskip("zstandard")
+
+    def write(count: int, lies: int = 0) -> Path:
+        streams = []
+        for width in (9, 1, 3, 3, 4):
+            packer = zstandard.ZstdCompressor().compressobj(size=count * width if stated else -1)
+            streams.append(packer.compress(bytes(count * width)) + packer.flush())
+        if lies:
+            streams[0] = streams[0][:4] + bytes([0xE0]) + struct.pack("<Q", lies) + b"\1\0\0"
+        table = b"".join(struct.pack("<QQ", len(each), count * width) for each, width in zip(streams, (9, 1, 3, 3, 4), strict=True))
+        path = tmp_path / "a.spz"
+        path.write_bytes(struct.pack("<4sIIBBBBI12x", b"NGSP", 4, count, 0, 12, 0, 5, 32) + table + b"".join(streams))
+        return path
+
+    assert len(load(write(20_000))) == 20_000, "our own files of Gaussians that are all alike are read"
+    with pytest.raises(InputError, match="promises 10000000 Gaussians"):
+        load(write(10_000_000))
+    if stated:
+        with pytest.raises(InputError, match="not of 9000 bytes"):
+            load(write(1000, lies=2**40))
+
+
+def test_a_file_that_does_not_fit_in_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(random_gaussians(3), tmp_path / "a.spz")
+
+    def full(*_args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("generator.formats.spz.read", full)
+    with pytest.raises(InputError, match=r"a\.spz: it does not fit in this computer's memory"):
+        load(tmp_path / "a.spz")
+
+
+def test_spz_of_version_4_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(random_gaussians(3), tmp_path / "a.spz", spz_version=4)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(WorkError, match="needs the Python package zstandard"):
+        load(tmp_path / "a.spz")
+    with pytest.raises(WorkError, match="versions 2 and 3 do not"):
+        save(random_gaussians(3), tmp_path / "b.spz", spz_version=4)
+    save(random_gaussians(3), tmp_path / "b.spz", spz_version=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.spz", "b.spz"]
+
+
+def test_the_records_of_an_spz_are_walked_once() -> None:
+    """Bytes that count how many of them are copied; a walk that cuts off what it has seen copies the rest each time."""
+
+    class Counted(bytes):
+        copied = 0
+
+        def __getitem__(self, key: object) -> bytes:
+            found = super().__getitem__(key)
+            if isinstance(key, slice):
+                Counted.copied += len(found)
+                return Counted(found)
+            return found
+
+    records = Counted(struct.pack("<II", 0xADBE0002, 0) * 1000 + struct.pack("<III", 0xADBE0003, 4, 7))
+    assert spz._stated_axes(Path("a.spz"), records) == 7
+    assert Counted.copied <= len(records)
 
 
 def test_spz_of_version_4_may_state_other_axes(tmp_path: Path) -> None:

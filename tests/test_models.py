@@ -8,6 +8,9 @@ import os
 import stat
 import threading
 import zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,26 +229,108 @@ def test_what_a_killed_installation_left_is_swept_away(models, tmp_path):
 def test_the_hub_is_asked_only_where_blender_may_go_online(models, errors, tmp_path, monkeypatch):
     source, place, asked = make(tmp_path / "source"), tmp_path / "models", []
 
-    def download(hub_id, name, folder):
+    def stream(name):
         asked.append(name)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes((source / name).read_bytes())
-        return folder / name
+        return open(source / name, "rb")
 
-    monkeypatch.setattr(models, "hub_download", download)
+    monkeypatch.setattr(models, "hub_files", lambda hub_id: stream)
     with pytest.raises(errors.InputError, match="may not go online"):
         install(models, "someone/model", place)
     assert asked == []
     model = install(models, "someone/model", place, online=True)
     assert asked[0] == "bundle.json" and len(asked) == 4 and left_in(place) == [model.name]
 
-    def fail(hub_id, name, folder):
+    def fail(name):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(models, "hub_download", fail)
+    monkeypatch.setattr(models, "hub_files", lambda hub_id: fail)
     with pytest.raises(errors.WorkError, match="cannot be downloaded: no route to host"):
         install(models, "someone/other", place, online=True)
     assert left_in(place) == [model.name]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, as the hub's library asks it; `sent` counts the bytes of each file that left it."""
+    from huggingface_hub import close_session, constants
+
+    folder, sent = make(tmp_path / "hub"), Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/api/models/someone/model/tree/main"):
+                below = folder / self.path.partition("?")[0].partition("/tree/main")[2].strip("/")
+                found = [(path, "directory" if path.is_dir() else "file") for path in below.iterdir()]
+                return self.answer(
+                    json.dumps(
+                        [{"path": path.relative_to(folder).as_posix(), "type": kind, "oid": "0", "size": 0} for path, kind in found]
+                    ).encode()
+                )
+            if self.path.startswith("/api/"):
+                return self.answer(json.dumps({"id": "someone/model", "sha": "0" * 40, "siblings": []}).encode())
+            name = self.path.partition("/resolve/main/")[2]
+            return self.answer((folder / name).read_bytes(), name) if (folder / name).is_file() else self.send_error(404)
+
+        def answer(self, content, name=""):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            try:
+                for start in range(0, len(content), 2**16):
+                    self.wfile.write(content[start : start + 2**16])
+                    sent[name] += len(content[start : start + 2**16])
+            except OSError:  # the other end has read enough
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    yield SimpleNamespace(folder=folder, sent=sent)
+    close_session()
+    server.shutdown()
+    server.server_close()
+
+
+LARGE = 64 * 2**20  # beyond what sockets hold on the way
+
+
+def test_a_hub_model_is_read_as_it_comes(models, hub, tmp_path):
+    model = install(models, "someone/model", tmp_path / "models", online=True)
+    assert left_in(tmp_path / "models") == [model.name]
+    assert (model.folder / "unet" / "weights.safetensors").read_bytes() == (hub.folder / "unet" / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "unet/weights.safetensors"])
+def test_no_more_is_downloaded_than_a_model_says(models, errors, hub, tmp_path, name):
+    with open(hub.folder / name, "ab") as file:
+        file.write(b" " * LARGE)
+    with pytest.raises(errors.InputError, match="too large" if name == "bundle.json" else "recorded 1280000 bytes"):
+        install(models, "someone/model", tmp_path / "models", online=True)
+    assert left_in(tmp_path / "models") == []
+    assert hub.sent[name] < LARGE / 2
+
+
+def test_a_download_is_cancelled_within_a_file(models, errors, hub, tmp_path):
+    make(hub.folder, {"unet/weights.safetensors": bytes(LARGE)})
+    cancel = threading.Event()
+    with pytest.raises(errors.Cancelled):
+        models.install("someone/model", tmp_path / "models", lambda stage, *_: stage == "Installing" and cancel.set(), cancel, online=True)
+    assert left_in(tmp_path / "models") == [] and hub.sent["unet/weights.safetensors"] < LARGE / 2
+
+
+def test_what_the_hub_does_not_have_is_told(models, errors, hub, tmp_path):
+    (hub.folder / "CREDITS.md").unlink()
+    with pytest.raises(errors.WorkError, match="CREDITS.md of someone/model cannot be downloaded"):
+        install(models, "someone/model", tmp_path / "models", online=True)
+    assert left_in(tmp_path / "models") == []
 
 
 @pytest.mark.parametrize(("source", "message"), [("", "name the folder"), ("nowhere.zip", "no model at"), ("a/b/c", "no model at")])

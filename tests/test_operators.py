@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -47,6 +50,13 @@ def test_generate_makes_a_splat_object_with_its_provenance(bpy, fake_model, exte
     assert stored.model_name == "fake" and stored.guidance == pytest.approx(2.7)
     assert stored.model_hash == hashlib.sha256((fake_model.folder / "bundle.json").read_bytes()).hexdigest()
     assert stored.program_version == extension("generator.version").program_version()
+
+
+def test_that_a_prompt_was_cut_is_said_once(bpy, fake_model, capfd):
+    fake_model.pipeline.notes = ["the model reads 32 tokens; the end of this prompt is left out: 'a'"]
+    bpy.ops.gaussian_atlas.generate(prompt="a chair", count=3, steps=1)
+    out = capfd.readouterr().out.splitlines()
+    assert [line for line in out if line.startswith("Warning:")] == [f"Warning: {fake_model.pipeline.notes[0]}"]
 
 
 def test_count_gives_a_grid_of_consecutive_seeds(bpy, fake_model):
@@ -109,7 +119,9 @@ def test_a_missing_model_says_where_and_offers_the_starter(bpy, fake_model):
     assert status(bpy).fix_operator == "gaussian_atlas.use_starter_model"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": "1"}', "\x00", '{"name": "a", "defaults": {"guidance_scale": "much"}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"version": "1"}', "\x00", "[" * 100_000, '{"name": "a", "defaults": {"guidance_scale": "much"}}']
+)
 def test_a_damaged_model_description_is_named(bpy, fake_model, text):
     (fake_model.folder / "bundle.json").write_text(text)
     with pytest.raises(RuntimeError, match="bundle.json is not a readable model description"):
@@ -690,6 +702,68 @@ def test_bad_files_are_one_clear_line(bpy, torus, tmp_path, extension):
     bpy.context.view_layer.objects.active = extension("blender_addon.splat_object").write(torus(5))
     with pytest.raises(RuntimeError, match="folder .* does not exist"):
         bpy.ops.gaussian_atlas.export_splats(filepath=str(tmp_path / "nowhere" / "ring.ply"))
+
+
+PROVENANCE = {
+    "prompt": "a chair", "negative_prompt": "", "seed": 3, "steps": 20, "guidance": 2.0, "model_name": "m", "model_hash": "0",
+    "program_version": "1", "layout_id": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2**31}, "seed 2147483648 does not fit Blender's integers"),
+        ({"seed": -1}, "seed -1 does not fit"),
+        ({"steps": 10**12}, "steps 1000000000000 does not fit"),
+        ({"guidance": 10**400}, "a number of it is out of range"),
+        ({"guidance": 1e300}, "guidance 1e[+]300 does not fit Blender's numbers"),
+        ({"low_pass": float("nan")}, "low_pass nan does not fit"),
+        ({"prompt": "a \ud800 chair"}, "prompt .* does not fit Blender's text"),
+        ({"edit": "null\0"}, "edit .* does not fit Blender's text"),
+    ],
+)
+def test_a_file_whose_origin_blender_cannot_hold_is_imported_without_it(bpy, torus, tmp_path, formats, change, message, capfd):
+    """Seeds have 63 bits on the command line and 32 in Blender."""
+    path = tmp_path / "chair.ply"
+    formats.save(torus(50), path, metadata=PROVENANCE)
+    given, wanted = (json.dumps(each, sort_keys=True).encode() for each in (PROVENANCE, PROVENANCE | change))
+    path.write_bytes(path.read_bytes().replace(given, wanted))
+    assert bpy.ops.gaussian_atlas.import_splats(filepath=str(path)) == {"FINISHED"}
+    (object,) = bpy.data.objects
+    assert object.name == "chair" and len(object.data.points) == 50 and object.gaussian_atlas.prompt == ""
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Warning:")]
+    assert len(said) == 1 and re.search(f"left out.*{message}|left out: {message}", said[0])
+
+
+def test_the_rest_of_many_files_is_imported_whatever_one_of_them_does(bpy, torus, tmp_path, formats, monkeypatch, capfd):
+    for name in "abc":
+        formats.save(torus(20), tmp_path / f"{name}.ply")
+    read = formats.ply.read
+
+    def odd(path):
+        if path.name == "b.ply":
+            raise TypeError("nobody thought\nof this")
+        return read(path)
+
+    monkeypatch.setattr(formats.ply, "read", odd)
+    files = [{"name": f"{name}.ply"} for name in "abc"]
+    assert bpy.ops.gaussian_atlas.import_splats(directory=str(tmp_path), files=files) == {"FINISHED"}
+    assert sorted(object.name for object in bpy.data.objects) == ["a", "c"]
+    assert f"Warning: {tmp_path / 'b.ply'}: TypeError: nobody thought of this" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_names_of_files_need_not_be_text(bpy, torus, tmp_path, formats):
+    formats.save(torus(20), tmp_path / "chair.ply")
+    odd = os.fsencode(tmp_path / "chair.ply").replace(b"chair", b"ch\xe4ir")
+    os.rename(tmp_path / "chair.ply", odd)
+    assert bpy.ops.gaussian_atlas.import_splats(filepath=os.fsdecode(odd)) == {"FINISHED"}
+    assert [object.name for object in bpy.data.objects] == ["ch?ir"]
+    with open(odd, "wb") as file:
+        file.write(b"ply")
+    with pytest.raises(RuntimeError, match="ch[?]ir.ply is not a"):
+        bpy.ops.gaussian_atlas.import_splats(filepath=os.fsdecode(odd))
 
 
 def test_only_splat_objects_can_be_exported(bpy, tmp_path):

@@ -146,6 +146,9 @@ class FixedText:
     def encode(self, prompts):
         return SimpleNamespace(hidden=torch.ones(len(prompts), 4, 8))
 
+    def left_out(self, prompts):
+        return []
+
     def unconditional(self, count):
         return SimpleNamespace(hidden=torch.zeros(count, 4, 8))
 
@@ -168,6 +171,32 @@ def test_the_solver_reaches_the_only_atlas(kind: str, steps: int) -> None:
     values = pipeline("any", num_inference_steps=steps, guidance_scale=1).atlases[0].values
     expected = normalization().denormalize(unfold(2 * pipeline.unet.clean, 2))[0]
     torch.testing.assert_close(values, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
+def test_the_estimate_of_a_perfect_network_is_the_clean_atlas(kind: str) -> None:
+    pipeline = exact_pipeline(kind)
+    clean = unfold(2 * pipeline.unet.clean, 2).expand(3, -1, -1, -1)
+    alpha2 = pipeline.scheduler.alphas_cumprod[400]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    found = pipeline.estimate(alpha2.sqrt() * clean + (1 - alpha2).sqrt() * noise, ["any"] * 3, 400)
+    torch.testing.assert_close(found, clean, atol=1e-3, rtol=0)
+    assert pipeline.unet.batches == [3] and found.dtype == torch.float32, "without guidance"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": ["any", ""]}, "prompt 1 is empty"),
+        ({"prompts": ["any"]}, r"noisy must be \[1, 16, 32, 32\]"),
+        ({"noisy": torch.zeros(2, CHANNELS, 16, 16)}, "noisy must be"),
+        ({"timestep": 1000}, "timestep must be a whole number from 0 to 999"),
+    ],
+)
+def test_what_cannot_be_estimated_is_named(change: dict, words: str) -> None:
+    arguments = {"noisy": torch.zeros(2, CHANNELS, 32, 32), "prompts": ["any", "other"], "timestep": 5}
+    with pytest.raises(InputError, match=words):
+        exact_pipeline("sample").estimate(**(arguments | change))
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
@@ -227,6 +256,18 @@ def test_from_prompt_to_gaussians(pipeline: GaussianAtlasPipeline) -> None:
     torch.testing.assert_close(from_atlas(atlas, layout()).means, gaussians.means)
     assert output.seconds.keys() == {"text", "sample", "decode"} and all(value >= 0 for value in output.seconds.values())
     gaussians.means.clone().requires_grad_().sum().backward()  # ordinary tensors, not inference-only ones
+
+
+@pytest.mark.filterwarnings("ignore:the model reads")
+def test_a_prompt_that_was_cut_is_noted_once(pipeline: GaussianAtlasPipeline) -> None:
+    """A warning in a thread that works for a window reaches nobody."""
+    long, other = "a lamp " * 40, "a red chair " * 40
+    assert pipeline("a lamp", num_inference_steps=1).notes == []
+    (note,) = pipeline([long, "a lamp", long], num_inference_steps=1, num_samples_per_prompt=2).notes
+    assert note.startswith("the model reads 32 tokens") and "a lamp a lamp" in note
+    notes = pipeline("a lamp", negative_prompt=long, mix_prompt=other, num_inference_steps=1).notes
+    assert len(notes) == 2 and "red chair" in notes[0]
+    assert pipeline("a lamp", negative_prompt=long, guidance_scale=1, num_inference_steps=1).notes == [], "it is not read"
 
 
 def test_seeds_reproduce_bit_for_bit(pipeline: GaussianAtlasPipeline, directory: Path) -> None:
@@ -316,6 +357,7 @@ def test_cancel_is_seen_at_the_next_step(pipeline: GaussianAtlasPipeline) -> Non
         ({"num_inference_steps": True}, "num_inference_steps"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": 10**400}, "guidance_scale"),
         ({"guidance_scale": "high"}, "guidance_scale"),
         ({"num_samples_per_prompt": 0}, "num_samples_per_prompt"),
         ({"batch_size": 0}, "batch_size"),
@@ -347,7 +389,13 @@ def test_half_precision_stays_close(directory: Path, pipeline: GaussianAtlasPipe
 def test_devices(directory: Path) -> None:
     with pytest.raises(InputError, match="device"):
         GaussianAtlasPipeline.from_pretrained(directory, device="gpu")
-    if not torch.cuda.is_available():
+    for absent in ("meta", "xpu", "mps" if sys.platform == "linux" else "hpu", "xla", "vulkan"):
+        with pytest.raises(InputError, match=f"device {absent}.* is not available"):
+            GaussianAtlasPipeline.from_pretrained(directory, device=absent)
+    if torch.cuda.is_available():
+        with pytest.raises(InputError, match="device cuda:99 is not available"):
+            GaussianAtlasPipeline.from_pretrained(directory, device="cuda:99")
+    else:
         with pytest.raises(InputError, match="cuda"):
             GaussianAtlasPipeline.from_pretrained(directory, device="cuda")
 

@@ -115,6 +115,8 @@ def test_a_file_gives_the_same_prior_and_others_are_refused(tmp_path: Path):
         (torch.zeros(8, 5, 16, 15), record, r"\[8, 5, 16, 15\]"),
         (torch.zeros(8, 8, 16, 16), record, "size / 2"),
         (torch.full((8, 5, 16, 16), float("nan")), record, "NaN"),
+        (torch.zeros(0, 1, 16, 16), record, r"\[0, 1, 16, 16\]"),
+        (torch.zeros(8, 5, 16, 16, dtype=torch.float8_e8m0fnu), record, "other.safetensors"),
         (prior.covariance, {"format": "other"}, "not a prior"),
     ):
         save_tensors(tmp_path / "other.safetensors", {"covariance": tensor}, stated)
@@ -176,6 +178,14 @@ def test_less_may_be_expected_of_fine_structure():
     torch.testing.assert_close(damped.mean, other.mean, atol=1e-5, rtol=1e-4)
     assert torch.equal(damped.image, plain.image) and torch.equal(damped.error, plain.error)
     torch.testing.assert_close(prior.filter(x, alpha, sigma, torch.ones(16, 9)).mean, plain.mean)
+
+
+def test_an_estimate_is_what_the_prior_and_the_network_know_without_damping():
+    pipeline = correcting(Silent, {"damping": {"above": 2.0, "variance": 0.0}})
+    noisy = torch.randn(2, CHANNELS, 32, 32, generator=torch.Generator().manual_seed(1))
+    alpha2 = pipeline.scheduler.alphas_cumprod[300]
+    expected = pipeline.prior.filter(noisy, alpha2.sqrt(), (1 - alpha2).sqrt()).mean
+    torch.testing.assert_close(pipeline.estimate(noisy, ["a chair", "a lamp"], 300), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_damped_samples_are_smooth():

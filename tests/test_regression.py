@@ -169,6 +169,10 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Mo
         ({"rows": tensors["rows"] + 1}, record),
         ({"rows": tensors["rows"] - 1}, record),
         ({"rows": tensors["rows"][:0]}, record),
+        ({"rows": tensors["rows"] * 0}, record),
+        ({"rows": tensors["rows"][0]}, record),
+        ({"keys": tensors["keys"][0, 0]}, record),
+        ({"steps": tensors["steps"][0]}, record),
         ({"objects": tensors["objects"] + 2}, record),
         ({"objects": tensors["objects"][:1]}, record),
         ({"zone": tensors["zone"][:3]}, record),
@@ -186,6 +190,11 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Mo
         save_tensors(tmp_path / "wrong.safetensors", tensors | changes, stated)
         with pytest.raises(InputError, match="wrong.safetensors: .*regression"):
             TextRegression.load(tmp_path / "wrong.safetensors")
+    # Counting up to a row of 2^31 takes 17 GB: it is compared with the captions first.
+    save_tensors(tmp_path / "wrong.safetensors", tensors | {"rows": torch.tensor([0, 2**31 - 1], dtype=torch.int32)}, record)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="do not fit"):
+        patched.setattr(torch, "bincount", lambda *_, **__: pytest.fail("counted"))
+        TextRegression.load(tmp_path / "wrong.safetensors")
     monkeypatch.setattr(regression, "MAX_CAPTIONS", 1)
     with pytest.raises(InputError, match="2 captions are more than 1"):
         TextRegression.load(tmp_path / "right.safetensors")

@@ -37,13 +37,16 @@ def test_damaged_files_are_named(tmp_path):
     whole = encode_tensors(TENSORS, RECORD)
     save_file({"a": torch.ones(2)}, tmp_path / "list.safetensors", {"record": "[]"})
     save_file({"a": torch.ones(2)}, tmp_path / "broken.safetensors", {"record": "{"})
-    save_file({"a": torch.ones(2)}, tmp_path / "deep.safetensors", {"record": "[" * 10_000})
+    save_file({"a": torch.ones(2)}, tmp_path / "brackets.safetensors", {"record": "[" * 100_000})
+    # Kinds of numbers that torch does not know.
+    unknown = b'{"a":{"dtype":"F8_E8M0","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "unknown.safetensors").write_bytes(len(unknown).to_bytes(8, "little") + unknown + bytes(2))
     contents = {"short": whole[:-4], "header": whole[:20], "empty": b"", "text": b"no tensors here, only text", "long": b"\xff" * 64}
     for name, content in contents.items():
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="."):
             decode_tensors(content)
-    for name in (*contents, "list", "broken", "deep", "absent"):
+    for name in (*contents, "list", "broken", "brackets", "unknown", "absent"):
         with pytest.raises(InputError, match=rf"{name}\.safetensors"):
             load_tensors(tmp_path / f"{name}.safetensors")
     with pytest.raises(InputError, match="missing"):

@@ -18,7 +18,7 @@ from .. import edits, extension, generation, properties, splat_object
 from ..generation import SEED_MAX, Provenance, Request
 from ..splat_object import cells, layout, morph
 from .base import JobOperator, Mixin
-from .generate import SPACING, NewObjects, select
+from .generate import SPACING, NewObjects, select, tell
 
 if TYPE_CHECKING:
     from ...generator.atlas import AtlasLayout
@@ -167,6 +167,7 @@ class InpaintOperator(EditOperator, JobOperator, bpy.types.Operator):
         layout.fill(object.data, values)
         properties.store_provenance(object, result.provenance)
         object.update_tag()
+        tell(self, results)
         self.report({"INFO"}, f"Made {len(rows):,} of {len(of_row):,} splats of {object.name} anew in {sum(result.seconds.values()):.1f} s")
         yield {"FINISHED"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from math import isqrt
 from pathlib import Path
@@ -12,8 +13,11 @@ from bpy_extras.io_utils import ExportHelper, ImportHelper
 
 from ...generator.errors import InputError, WorkError
 from .. import properties, splat_object
+from ..job import one_line
 from ..splat_object import cells
 from .generate import select
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = (".ply", ".splat", ".spz")
 _GLOB = ";".join(f"*{suffix}" for suffix in _SUFFIXES)
@@ -51,16 +55,18 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
         for path in paths:
             try:
                 object, notes = self._read(context, path)
-            except (InputError, WorkError) as error:
-                errors.append(str(error))
+            except Exception as error:  # the next file may well be read
+                if not isinstance(error, (InputError, WorkError)):
+                    log.exception("%s failed", path)
+                errors.append(str(error) if isinstance(error, (InputError, WorkError)) else f"{path}: {one_line(error)}")
                 continue
             objects.append(object)
             total += len(object.data.points)
             for note in notes:
-                self.report({"WARNING"}, note)
+                self.report({"WARNING"}, _text(note))
         # An error is raised in scripts: it stands for nothing having been imported.
         for line in errors:
-            self.report({"WARNING"} if objects else {"ERROR"}, line)
+            self.report({"WARNING"} if objects else {"ERROR"}, _text(line))
         if not objects:
             return {"CANCELLED"}
         select(context, objects)
@@ -76,18 +82,29 @@ class ImportSplatsOperator(bpy.types.Operator, ImportHelper):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             gaussians = formats.load(path, up="Z")
-        object = splat_object.write(gaussians, path.stem, context.collection)
+        notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        # All is read before anything is made: a file that fails leaves no object.
         up = formats.stated_up(path) if self.up_axis == "STATED" else self.up_axis
+        try:
+            provenance = properties.provenance_from_metadata(formats.load_metadata(path))
+        except InputError as error:
+            provenance = None
+            notes.append(f"{path}: {error}")
+        object = splat_object.write(gaussians, _text(path.stem), context.collection)
         object.rotation_euler.x = formats.axes.angle(up)
-        object.gaussian_atlas.file = str(path)
-        provenance = properties.provenance_from_metadata(formats.load_metadata(path))
+        object.gaussian_atlas.file = _text(path)
         if provenance:
             properties.store_provenance(object, provenance)
             # Row i is cell i only of a whole atlas, which is square.
             whole = isqrt(len(gaussians)) ** 2 == len(gaussians) and not any(issubclass(w.category, RowsDropped) for w in caught)
             if provenance.layout_id and up == "Z" and whole:
                 cells.number(object)
-        return object, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        return object, notes
+
+
+def _text(value: object) -> str:
+    """What Blender takes as text: the name of a file need not be any."""
+    return str(value).encode(errors="replace").decode()
 
 
 class ExportSplatsOperator(bpy.types.Operator, ExportHelper):

@@ -64,6 +64,12 @@ def select(context: bpy.types.Context, objects: list[bpy.types.Object]) -> None:
         layer.objects.active = shown[-1]
 
 
+def tell(operator: bpy.types.Operator, results: Sequence[Generated]) -> None:
+    """Report what a person should know of these results, each thing once."""
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        operator.report({"WARNING"}, note)
+
+
 class NewObjects(JobOperator):
     """Mixin for operators that make objects: seen while they are sampled, then placed and selected."""
 
@@ -104,6 +110,7 @@ class NewObjects(JobOperator):
         select(context, [bpy.data.objects[name] for name in names if name in bpy.data.objects])
         count = sum(len(result.gaussians) for result in results)
         seconds = sum(sum(result.seconds.values()) for result in results)
+        tell(self, results)
         self.report({"INFO"}, f"Generated {', '.join(names)}: {count:,} Gaussians in {seconds:.1f} s")
         yield {"FINISHED"}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import parse_json
 from ..gaussians import Gaussians
 from ..tensors import decode_tensors, encode_tensors
 from .layout import AtlasLayout
@@ -81,8 +82,8 @@ class ChannelSpec:
     def from_json(cls, text: str) -> ChannelSpec:
         """The inverse of `to_json`; raises InputError on anything else."""
         try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise InputError(f"channels: not JSON ({error})") from error
         names = {entry.name for entry in fields(cls)}
         # Written since opacities may be logits; before, it had no meaning.

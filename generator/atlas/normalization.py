@@ -128,7 +128,7 @@ class Normalization:
         try:
             scores = NormalScores(*(tensors.pop(name) for name in _SCORE_TENSORS)) if scored else None
             return cls(**tensors, kind=record.get("kind", ""), layout_id=record.get("layout_id", ""), normal_scores=scores)
-        except InputError as error:
+        except (InputError, RuntimeError) as error:  # torch, of numbers that are not real
             raise InputError(f"{path}: {error}") from error
 
 

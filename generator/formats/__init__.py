@@ -116,3 +116,5 @@ class _readable:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, OSError):
             raise InputError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if isinstance(error, MemoryError):
+            raise InputError(f"cannot read {self.path}: it does not fit in this computer's memory") from error

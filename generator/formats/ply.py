@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from plyfile import PlyData, PlyElement, PlyParseError
 
 from ..errors import InputError
+from ..files import parse_json
 from ..gaussians import Gaussians
 from . import raw
 
@@ -77,8 +79,8 @@ def read(path: Path) -> Gaussians:
         raise InputError(f"{path} is a mesh ({len(elements['face'])} faces), not a Gaussian splat file: import it as Stanford PLY")
     if missing:
         raise InputError(f"{path} is not a Gaussian splat file: it lacks the vertex properties {', '.join(missing)}")
-    if any(vertices.dtype[name].hasobject for name in names & set(_FIELDS)):
-        raise InputError(f"{path} is not a Gaussian splat file: a vertex property is a list")
+    rest = sorted(name for name in names if name.startswith("f_rest_"))
+    _check_numbers(path, vertices, (*_FIELDS, "red", "green", "blue", *rest))
 
     means = stack("x", "y", "z")
     quaternions = stack("rot_0", "rot_1", "rot_2", "rot_3")
@@ -95,7 +97,6 @@ def read(path: Path) -> Gaussians:
         colors = stack("red", "green", "blue") / (np.iinfo(kind).max if kind.kind in "ui" else 1.0)
     else:
         colors = np.full((len(means), 3), 0.5)
-    rest = sorted(name for name in names if name.startswith("f_rest_"))
     if any(np.any(vertices[name]) for name in rest):
         raw.warn_of_higher_bands(path, round((len(rest) / 3 + 1) ** 0.5) - 1)
     return raw.assemble(path, means, quaternions, scales, opacities, colors)
@@ -121,6 +122,8 @@ def _read_compressed(path: Path, elements: dict[str, np.ndarray]) -> Gaussians:
         raise InputError(f"{path} is not a complete compressed PLY: {len(chunks)} chunks for {len(vertices)} vertices")
     if any(vertices.dtype[name].kind not in "ui" for name in packed):
         raise InputError(f"{path} is not a compressed PLY: its packed properties are not integers")
+    colours = [f"{end}_{name}" for name in "rgb" for end in ("min", "max")]
+    _check_numbers(path, chunks, (*limits, *colours))
     words = {name: vertices[name].astype(np.uint32) for name in packed}
     group = np.arange(len(vertices)) // _GROUP
 
@@ -137,7 +140,7 @@ def _read_compressed(path: Path, elements: dict[str, np.ndarray]) -> Gaussians:
         quaternions[rows, component] = np.sqrt(np.maximum(0.0, 1.0 - np.square(stored[rows]).sum(axis=1)))
     rgba = _bits(words["packed_color"], 8, 8, 8, 8)
     colors = rgba[:, :3]
-    if {"min_r", "max_r", "min_g", "max_g", "min_b", "max_b"} <= found:
+    if set(colours) <= found:
         colors = between(("r", "g", "b"), colors)
     if "sh" in elements:
         raw.warn_of_higher_bands(path, round((len(elements["sh"].dtype.names or ()) / 3 + 1) ** 0.5) - 1)
@@ -151,6 +154,13 @@ def _read_compressed(path: Path, elements: dict[str, np.ndarray]) -> Gaussians:
     )
 
 
+def _check_numbers(path: Path, table: np.ndarray, names: Sequence[str]) -> None:
+    """Raise InputError where one of these properties of an element is there and a list."""
+    for name in names:
+        if name in (table.dtype.names or ()) and table.dtype[name].hasobject:
+            raise InputError(f"{path} is not a Gaussian splat file: the property {name} is a list")
+
+
 def _bits(words: np.ndarray, *widths: int) -> np.ndarray:
     """The fields of 32-bit words [N], highest first, as numbers in 0..1 [N, fields]."""
     shifts = np.cumsum((0, *widths[::-1]))[-2::-1]
@@ -162,8 +172,8 @@ def read_metadata(path: Path) -> dict | None:
     for line in _header(path).splitlines():
         if line.startswith(f"comment {METADATA_PREFIX}"):
             try:
-                value = json.loads(line.removeprefix(f"comment {METADATA_PREFIX}"))
-            except (ValueError, RecursionError):
+                value = parse_json(line.removeprefix(f"comment {METADATA_PREFIX}"))
+            except ValueError:
                 return None
             return value if isinstance(value, dict) else None
     return None

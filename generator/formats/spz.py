@@ -18,10 +18,11 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, WorkError
 from ..gaussians import Gaussians
 from . import raw
 
@@ -43,6 +44,8 @@ _SH_COEFFICIENTS = {0: 0, 1: 3, 2: 8, 3: 15, 4: 24}
 _HALF_TURN = np.array([1.0, -1.0, -1.0])
 # No gzip stream shrinks its content more than about this.
 _DEFLATE_LIMIT = 1040
+# zstd has no such limit: many Gaussians that are all alike shrink to nothing. This many bytes are unpacked from however few.
+_ALIKE_LIMIT = 1 << 24
 # Records are a few bytes each; what comes behind this is not read.
 _RECORDS_LIMIT = 1 << 16
 
@@ -83,8 +86,7 @@ def write(gaussians: Gaussians, path: Path, version: int = DEFAULT_VERSION) -> N
         # Without a time stamp equal Gaussians give equal files.
         path.write_bytes(gzip.compress(header + b"".join(body), mtime=0))
         return
-    import zstandard
-
+    zstandard = _zstandard()
     streams = [zstandard.ZstdCompressor(level=12).compress(data) for data in body]
     header = _HEADER_4.pack(_MAGIC, 4, count, 0, bits, 0, len(streams), _HEADER_4.size)
     table = b"".join(struct.pack("<QQ", len(stream), len(data)) for stream, data in zip(streams, body, strict=True))
@@ -154,8 +156,7 @@ def _arrays_of_gzip(path: Path) -> tuple:
 
 def _arrays_4(path: Path) -> tuple:
     """As `_arrays_of_gzip`, of version 4."""
-    import zstandard
-
+    zstandard = _zstandard()
     content = path.read_bytes()
     if len(content) < _HEADER_4.size:
         raise InputError(f"{path} is truncated: {len(content)} bytes are no .spz header")
@@ -167,14 +168,21 @@ def _arrays_4(path: Path) -> tuple:
     begin = table + 16 * number
     if table < _HEADER_4.size or begin > len(content):
         raise InputError(f"{path} is truncated or damaged: its table of streams lies outside the file")
+    if count * sum(widths) > max(len(content) * _DEFLATE_LIMIT, _ALIKE_LIMIT):
+        held = f"{count} Gaussians, which {len(content)} bytes cannot hold"
+        raise InputError(f"{path} is truncated or damaged: its header promises {held}")
     arrays: list[bytes] = []
     # An empty array has a stream of its own or none.
     for packed, unpacked in struct.iter_unpack("<QQ", content[table:begin]):
         expected = count * widths[len(arrays)] if len(arrays) < len(widths) else 0
         if unpacked != expected or begin + packed > len(content):
             raise InputError(f"{path} is truncated or damaged: the sizes of its streams do not fit {count} Gaussians")
+        stream = content[begin : begin + packed]
         try:
-            data = zstandard.ZstdDecompressor().decompress(content[begin : begin + packed], max_output_size=max(expected, 1))
+            # What a frame states is allocated, whatever `max_output_size` says.
+            if zstandard.get_frame_parameters(stream).content_size not in (expected, zstandard.CONTENTSIZE_UNKNOWN):
+                raise InputError(f"{path} is truncated or damaged: a stream is not of {expected} bytes")
+            data = zstandard.ZstdDecompressor().decompress(stream, max_output_size=max(expected, 1))
         except zstandard.ZstdError as error:
             raise InputError(f"{path} is truncated or damaged: {error}") from error
         if len(data) != expected:
@@ -185,6 +193,15 @@ def _arrays_4(path: Path) -> tuple:
     if len(arrays) < len(widths):
         raise InputError(f"{path} is truncated or damaged: {number} streams instead of {len(widths)}")
     return version, count, degree, bits, arrays, stated
+
+
+def _zstandard() -> ModuleType:
+    """The package that version 4 needs; a Blender that a Linux distribution has built need not bring it."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise WorkError(".spz version 4 needs the Python package zstandard, which is not installed; versions 2 and 3 do not") from error
+    return zstandard
 
 
 def _widths(path: Path, version: int, count: int, degree: int, bits: int) -> tuple[int, ...]:
@@ -198,16 +215,17 @@ def _widths(path: Path, version: int, count: int, degree: int, bits: int) -> tup
 
 def _stated_axes(path: Path, records: bytes) -> int:
     """The number of the axes that the extension records name; unknown records are passed over."""
-    while len(records) >= 8:
-        kind, length = struct.unpack_from("<II", records)
-        if kind == _AXES_RECORD and length == 4 and len(records) >= 12:
-            (value,) = struct.unpack_from("<I", records, 8)
+    place = 0
+    while len(records) >= place + 8:
+        kind, length = struct.unpack_from("<II", records, place)
+        if kind == _AXES_RECORD and length == 4 and len(records) >= place + 12:
+            (value,) = struct.unpack_from("<I", records, place + 8)
             if value > 2 * len(_AXES):
                 raise InputError(
                     f"{path} states axes (number {value}) that are not known: convert it to the format's own (right, up, back) first"
                 )
             return value or _RIGHT_UP_BACK
-        records = records[8 + length :]
+        place += 8 + length
     return _RIGHT_UP_BACK
 
 

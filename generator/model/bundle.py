@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..atlas import CHANNELS, AtlasLayout, ChannelSpec, Normalization
 from ..errors import InputError
-from ..files import replacing_folder
+from ..files import parse_json, replacing_folder
 from .prior import AtlasPrior
 from .regression import TextRegression
 from .text import TextEncoder, sha256
@@ -33,6 +34,9 @@ FORMAT = "gaussian-atlas-bundle-1"
 REQUIRED_INFO = ("name", "version", "licence", "trained_on")
 # What a bundle with a regression must say of its use, see `save_bundle`.
 REGRESSION_SHARES = ("variance", "network", "above", "variety", "choice")
+MAX_STEPS = 1000  # of the solver
+# Of the schedule that a network was trained with, which is a table.
+_TIMESTEPS_MAX = 100_000
 # Written by `save_bundle`, not by the caller.
 _OWN_INFO = ("format", "atlas", "files")
 
@@ -46,6 +50,8 @@ _NORMALIZATION = "atlas/normalization.safetensors"
 _CHANNELS = "atlas/channels.json"
 _PRIOR = "atlas/prior.safetensors"
 _REGRESSION = "atlas/regression.safetensors"
+# Plain data: nothing else is downloaded, and a bundle may list nothing else, such as pickles or Python.
+_PLAIN = (".safetensors", ".json", ".txt", ".md", ".csv")
 _NEEDED = (_UNET_CONFIG, _UNET_WEIGHTS, _SCHEDULER, f"{_TEXT_ENCODER}/config.json", _LAYOUT, _NORMALIZATION, _CHANNELS)
 
 
@@ -95,7 +101,7 @@ class Bundle:
             with torch.device("meta"):
                 unet = UNet2DConditionModel.from_config(self.unet_config)
             unet.load_state_dict(state, strict=True, assign=True)
-        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise InputError(f"{path}: the weights cannot be loaded: {' '.join(str(error).split())[:200]}") from error
         return unet.eval().requires_grad_(False).to(device)
 
@@ -143,6 +149,7 @@ def save_bundle(
         raise InputError(f"bundle info must not set {', '.join(taken)}")
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     _check_parts(Path(directory), unet_config, layout, normalization, info)
+    _check_scheduler(Path(directory), scheduler_config)
     _check_prior(Path(directory), prior, layout, scheduler_config, info)
     _check_regression(Path(directory), regression, prior, layout, text_encoder, info)
     with replacing_folder(directory) as folder:
@@ -226,9 +233,11 @@ def load_bundle(directory: str | os.PathLike, verify: bool = True) -> Bundle:
         raise InputError(f"{directory / _SCHEDULER}: the scheduler must be DPMSolverMultistepScheduler")
     scheduler_config = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
     _check_parts(directory, unet_config, layout, normalization, info)
+    _check_scheduler(directory, scheduler_config)
     _check_prior(directory, prior, layout, scheduler_config, info)
-    if info.get("atlas", {}).get("layout_id") != layout.id:
-        raise InputError(f"{directory}: bundle.json names the layout {info.get('atlas', {}).get('layout_id')}, its atlas has {layout.id}")
+    stated = info["atlas"].get("layout_id") if isinstance(info.get("atlas"), dict) else None
+    if stated != layout.id:
+        raise InputError(f"{directory}: bundle.json names the layout {stated}, its atlas has {layout.id}")
     text_encoder = TextEncoder.load(directory / _TEXT_ENCODER, verify)
     width = unet_config.get("cross_attention_dim")
     if width != text_encoder.width:
@@ -243,7 +252,7 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
 
     Args:
         allow_download: without it only a snapshot that is already in the local cache is found.
-        wanted: patterns of the files to fetch; None fetches all.
+        wanted: patterns of the files to fetch, of which only plain data are; None fetches all of these.
 
     Raises:
         InputError: it is neither a folder here nor a hub model that can be had.
@@ -258,8 +267,9 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        pickles = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
-        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=pickles, local_files_only=not allow_download))
+        # "tokenizer/*" is "tokenizer/*.json" and so on.
+        plain = [pattern + suffix if pattern.endswith("*") else pattern for pattern in wanted or ["*"] for suffix in _PLAIN]
+        return Path(snapshot_download(text, allow_patterns=plain, local_files_only=not allow_download))
     except LocalEntryNotFoundError as error:
         reason = "the hub could not be reached" if allow_download else "it has not been downloaded, and downloads are not allowed here"
         raise InputError(f"the model {text} is not a folder here, and {reason}") from error
@@ -268,8 +278,8 @@ def find_bundle(source: str | os.PathLike, allow_download: bool = True, wanted: 
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value, of JSON for instance, is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value, of JSON for instance, is a number that a float can be, not NaN or infinity; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normalization: Normalization, info: dict) -> None:
@@ -289,15 +299,33 @@ def _check_parts(directory: Path, unet_config: dict, layout: AtlasLayout, normal
         raise InputError(f"{directory}: the normalization has {normalization.mean.shape[-1]} cells a side, the atlas {layout.size}")
     distilled = info.get("distilled_guidance", 0)
     takes = unet_config.get("time_cond_proj_dim") is not None
-    if isinstance(distilled, bool) or not isinstance(distilled, int | float) or not (distilled > 1 if takes else distilled == 0):
+    if not is_number(distilled) or not (distilled > 1 if takes else distilled == 0):
         knows = "a network that takes guidance as an input needs distilled_guidance above 1, any other none"
         raise InputError(f"{directory}: {knows}; this one {'takes' if takes else 'does not take'} it, and got {distilled!r}")
     defaults = info.get("defaults", {})
     if not isinstance(defaults, dict) or not all(map(is_number, defaults.values())):
-        raise InputError(f"{directory}: defaults must be numbers by their names, got {defaults!r}")
+        raise InputError(f"{directory}: defaults must be numbers by their names, got {defaults!r:.100}")
+    steps = defaults.get("num_inference_steps", 1)
+    if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"{directory}: defaults.num_inference_steps must be a whole number from 1 to {MAX_STEPS}, got {steps!r}")
+    for name in ("low_pass", "coverage"):
+        if not is_number(value := info.get(name, 0.0)) or value < 0:
+            raise InputError(f"{directory}: {name} must be a number of at least 0, got {value!r}")
+    vocabulary = info.get("vocabulary") or ()
+    if not isinstance(vocabulary, list | tuple) or not all(isinstance(entry, str) for entry in vocabulary):
+        raise InputError(f"{directory}: vocabulary must be a list of texts")
     inference = info.get("inference", {})
     if not isinstance(inference, dict) or inference.get("dtype", "auto") not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"{directory}: inference.dtype must be auto, float32, bfloat16 or float16")
+
+
+def _check_scheduler(directory: Path, scheduler_config: dict) -> None:
+    trained = scheduler_config.get("num_train_timesteps", 1000)
+    if isinstance(trained, bool) or not isinstance(trained, int) or not 1 <= trained <= _TIMESTEPS_MAX:
+        raise InputError(f"{directory}: the scheduler's num_train_timesteps must be from 1 to {_TIMESTEPS_MAX}, got {trained!r}")
+    kind = scheduler_config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "sample", "v_prediction"):
+        raise InputError(f"{directory}: the scheduler's prediction_type must be epsilon, sample or v_prediction, got {kind!r}")
 
 
 def _check_prior(directory: Path, prior: AtlasPrior | None, layout: AtlasLayout, scheduler_config: dict, info: dict) -> None:
@@ -355,6 +383,8 @@ def _relative(name: str, directory: Path) -> Path:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         raise InputError(f"{directory}: {name!r} is not a name of a file inside a bundle")
+    if path.suffix.lower() not in _PLAIN:
+        raise InputError(f"{directory}: {name!r:.100} is no plain data, which all of a bundle is ({', '.join(_PLAIN)})")
     return path
 
 
@@ -377,8 +407,8 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_read_text(path))
+    except ValueError as error:
         raise InputError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: not a JSON object")

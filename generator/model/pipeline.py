@@ -25,7 +25,7 @@ from ..atlas import CHANNELS, Atlas, AtlasLayout, ChannelSpec, Normalization, fr
 from ..coverage import close_gaps
 from ..errors import Cancelled, InputError, WorkError
 from ..gaussians import Gaussians
-from .bundle import find_bundle, is_number, load_bundle, save_bundle
+from .bundle import MAX_STEPS, find_bundle, is_number, load_bundle, save_bundle
 from .editing import Source, clean_estimate, set_start, shift_estimate
 from .folding import fold, unfold, unwrap, wrap
 from .guidance import embed_guidance
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 
 # Called after each step with the steps done, the steps in all, and a function that decodes the objects as they look so far.
@@ -55,6 +54,7 @@ class GenerationOutput:
     num_inference_steps: int
     guidance_scale: float
     seconds: dict[str, float] = field(default_factory=dict)  # by stage: text, sample, decode
+    notes: list[str] = field(default_factory=list)  # what a person should know, a line each: that a prompt was cut
 
 
 class GaussianAtlasPipeline:
@@ -133,7 +133,7 @@ class GaussianAtlasPipeline:
 
         try:
             scheduler = DPMSolverMultistepScheduler.from_config(bundle.scheduler_config)
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
             raise InputError(f"{bundle.directory}: the scheduler configuration is not usable: {error}") from error
         parts = (bundle.text_encoder, bundle.layout, bundle.normalization, bundle.channels, bundle.info, bundle.hash)
         pipeline = cls(unet, scheduler, *parts, bundle.prior, bundle.regression)
@@ -230,9 +230,11 @@ class GaussianAtlasPipeline:
         mix = None
         if mix_prompt is not None and mix_weight > 0:
             mix = _Mix(mix_prompt, self._encode([mix_prompt]), float(mix_weight))
+        read = [*mixed, *([] if mix is None else [mix.prompt]), *([] if negative is None else [negative_prompt or ""])]
+        notes = self.text_encoder.left_out(list(dict.fromkeys(read)))
         _stop_if(cancel)
         seconds = {"text": time.perf_counter() - started, "sample": 0.0, "decode": 0.0}
-        output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds)
+        output = GenerationOutput([], [], seeds, prompts, int(steps), float(guidance), seconds, notes)
         if source is not None and source.strength == 0:
             output.atlases.extend(source.atlas for _ in prompts)
             output.gaussians.extend(self._gaussians(source.atlas) for _ in prompts)
@@ -261,6 +263,30 @@ class GaussianAtlasPipeline:
             output.gaussians.extend(self._gaussians(atlas, source) for atlas in atlases)
             seconds["decode"] += time.perf_counter() - started
         return output
+
+    @torch.no_grad()
+    def estimate(self, noisy: Tensor, prompts: list[str], timestep: int) -> Tensor:
+        """The clean atlases that the network sees in noisy ones, without guidance: normalised [B, 16, H, W] float32, both.
+
+        What a model adds at sampling is left out: damping, and the regression, of which the network is only a share.
+
+        Args:
+            noisy: alpha clean + sigma noise at `timestep` of the model's schedule.
+            prompts: B, one for each.
+
+        Raises:
+            InputError: the atlases are not this model's, there is not one prompt for each, or the schedule has no such timestep.
+        """
+        check_arguments(prompts)
+        size = self.layout.size
+        if tuple(noisy.shape) != (len(prompts), CHANNELS, size, size):
+            raise InputError(f"noisy must be [{len(prompts)}, {CHANNELS}, {size}, {size}] for so many prompts, got {list(noisy.shape)}")
+        _check_count("timestep", timestep, 0, self.scheduler.config["num_train_timesteps"] - 1)
+        factor = int(self.info.get("fold", 1))
+        x, at = fold(noisy.to(self.unet.device, torch.float32), factor), torch.tensor(timestep, device=self.unet.device)
+        prediction = self._predictor(self._encode(prompts), None, 1.0, None, damped=False)(x, at)
+        clean = clean_estimate(prediction, x, *_level(self.scheduler, at), self.scheduler.config["prediction_type"])
+        return unfold(clean, factor).to(noisy.device)
 
     def _encode(self, prompts: list[str]) -> Tensor:
         """Hidden states of the prompts [B, L, D]."""
@@ -299,7 +325,13 @@ class GaussianAtlasPipeline:
         return scheduler
 
     def _predictor(
-        self, positive: Tensor, negative: Tensor | None, guidance: float, mix: _Mix | None, expected: Tensor | None = None
+        self,
+        positive: Tensor,
+        negative: Tensor | None,
+        guidance: float,
+        mix: _Mix | None,
+        expected: Tensor | None = None,
+        damped: bool = True,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """What the network predicts for latents [B, C, H, W] at a timestep, guided and mixed, float32 of the same shape.
 
@@ -307,11 +339,13 @@ class GaussianAtlasPipeline:
             positive: [B, L, D].
             negative: [1, L, D], predicted for as well; None where there is no guidance, or the network knows it.
             expected: [B, 16, H, W], the mean of the prior. What is predicted is then the posterior mean, into which the network is mixed.
+            damped: less is expected of fine structure, where the model says so.
         """
         # Whatever is the same in every step is made here. The network's dtype is one of these: to tell it, it looks through all its parts.
         texts = [positive] + ([] if mix is None else [mix.text]) + ([] if negative is None else [negative])
         text = torch.cat([each.expand_as(positive) for each in texts])
         count, dtype = len(texts), self.unet.dtype
+        less = self._damping if damped else None
         columns, factor = int(self.info.get("wrap", 0)), int(self.info.get("fold", 1))
         inputs: dict[str, Any] = {"encoder_hidden_states": text, "return_dict": False}
         if self.distilled_guidance:
@@ -331,7 +365,7 @@ class GaussianAtlasPipeline:
         def corrected(latents: Tensor, timestep: Tensor) -> Tensor:
             known = None
             if self.prior is not None:
-                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep), self._damping)
+                known = self.prior.filter(unfold(latents, factor), *_level(self.scheduler, timestep), less)
                 latents = fold(known.image, factor)
             batch = wrap(torch.cat([latents] * count), columns).to(dtype).contiguous(memory_format=self.memory_format)
             predictions = list(unwrap(self.unet(batch, timestep, **inputs)[0].float(), columns).chunk(count))
@@ -487,6 +521,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda is not available: this torch sees no CUDA device; use auto or cpu")
+    try:
+        # torch knows the names of more devices than it was built for, and of one, "meta", that holds no numbers.
+        torch.zeros(1, device=resolved).cpu()
+    except Exception as error:
+        raise InputError(f"device {resolved} is not available: {' '.join(str(error).split())[:100]}; use auto or cpu") from error
     return resolved
 
 
@@ -541,7 +580,7 @@ def check_arguments(
     _check_count("seed", seed, 0, MAX_SEED - count + 1)
     if num_inference_steps is not None:
         _check_count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    if guidance_scale is not None and not (is_number(guidance_scale) and math.isfinite(guidance_scale)):
+    if guidance_scale is not None and not is_number(guidance_scale):
         raise InputError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
     if mix_prompt is not None and (not isinstance(mix_prompt, str) or not mix_prompt.strip()):
         raise InputError(f"mix_prompt must be text that is not empty, got {mix_prompt!r}")

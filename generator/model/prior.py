@@ -56,7 +56,7 @@ class AtlasPrior:
 
     def __init__(self, covariance: Tensor, layout_id: str) -> None:
         shape = tuple(covariance.shape)
-        if len(shape) != 4 or shape[1] != shape[0] // 2 + 1 or shape[2:] != (CHANNELS, CHANNELS):
+        if len(shape) != 4 or not shape[0] or shape[1] != shape[0] // 2 + 1 or shape[2:] != (CHANNELS, CHANNELS):
             raise InputError(f"prior: the covariance has shape {list(shape)}, needed is [size, size / 2 + 1, {CHANNELS}, {CHANNELS}]")
         if not bool(torch.isfinite(covariance).all()):
             raise InputError("prior: the covariance contains NaN or infinity")
@@ -128,7 +128,7 @@ class AtlasPrior:
             raise InputError(f"{path}: not a prior of format {_FORMAT}")
         try:
             return cls(tensors["covariance"], record.get("layout_id", ""))
-        except InputError as error:
+        except (InputError, RuntimeError) as error:  # torch, of numbers that are not real
             raise InputError(f"{path}: {error}") from error
 
 

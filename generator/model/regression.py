@@ -67,22 +67,25 @@ class TextRegression:
     def __init__(
         self, keys: Tensor, rows: Tensor, objects: Tensor, zone: Tensor, steps: Tensor, builds: Tensor, colours: Tensor, layout_id: str
     ) -> None:
-        counts = torch.bincount(rows, minlength=len(keys)) if rows.ndim == 1 and len(rows) and rows.min() >= 0 else torch.zeros(1)
         fits = (
             keys.ndim == 2
-            and len(counts) == len(keys) > 0
+            and rows.ndim == 1
+            and len(rows) > 0
+            and 0 <= int(rows.min()) <= int(rows.max()) < len(keys)
             and objects.shape == rows.shape
             and 0 <= int(objects.min()) <= int(objects.max()) < len(builds)
             and zone.ndim == 3
-            and zone.shape[0] == CHANNELS == len(steps)
+            and zone.shape[0] == CHANNELS
+            and steps.shape == (CHANNELS,)
             and zone.shape[1] == zone.shape[2]
             and builds.shape[1:] == (int(zone[_BUILD].sum()),)
             and colours.shape == (len(rows), int(zone[_COLOUR].sum()))
         )
-        if not fits or not bool((counts > 0).all()):
-            raise InputError("regression: captions, atlases and frequencies do not fit each other")
-        if len(keys) > MAX_CAPTIONS:
+        if fits and len(keys) > MAX_CAPTIONS:
             raise InputError(f"regression: {len(keys)} captions are more than {MAX_CAPTIONS}; with that much to learn, leave it out")
+        # Of a file's rows no more is counted than it has captions.
+        if not fits or not bool((counts := torch.bincount(rows, minlength=len(keys))).all()):
+            raise InputError("regression: captions, atlases and frequencies do not fit each other")
         if not all(bool(torch.isfinite(part).all()) for part in (keys, steps)):
             raise InputError("regression: a number is not finite")
         self.keys, self.rows, self.objects, self.zone, self.steps = keys.float(), rows, objects, zone, steps.float()
@@ -168,7 +171,7 @@ class TextRegression:
             objects, layout_id = tensors["objects"].long(), str(record.get("layout_id", ""))
             keys = _unit(tensors["keys"].float())
             return cls(keys, rows, objects, zone, tensors["steps"], builds, colours, layout_id)
-        except (ValueError, IndexError, RuntimeError, lzma.LZMAError) as error:
+        except (TypeError, ValueError, IndexError, RuntimeError, lzma.LZMAError) as error:
             raise InputError(f"{path}: the regression is damaged ({error})") from error
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import parse_json
 
 KINDS = ("package", "transformers")
 UNCONDITIONAL = ("zeros", "empty")
@@ -105,8 +106,8 @@ class TextEncoder:
         folder = Path(folder)
         path = folder / _DESCRIPTOR
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            values = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable text encoder descriptor ({error})") from error
         names = {field.name for field in fields(TextEncoderConfig)}
         if not isinstance(values, dict) or not {"kind"} <= values.keys() <= names:
@@ -165,8 +166,8 @@ class TextEncoder:
         """D, the length of a hidden state; read from the model's own configuration without loading it."""
         path = self.model_folder / "config.json"
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return int(parse_json(path.read_text(encoding="utf-8"))["hidden_size"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a readable configuration of a text model") from error
 
     @torch.no_grad()
@@ -176,13 +177,19 @@ class TextEncoder:
         length = self.config.max_length
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         mask = tokens["attention_mask"]
-        for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True):
-            if full and len(tokenizer(prompt)["input_ids"]) > length:
-                warnings.warn(f"the model reads {length} tokens; the end of this prompt is left out: {prompt[:60]!r}", stacklevel=3)
+        for note in self.left_out([prompt for prompt, full in zip(prompts, mask.all(dim=1).tolist(), strict=True) if full]):
+            warnings.warn(note, stacklevel=3)
         if self.config.padding == "kept":
             return TextFeatures(model(input_ids=tokens["input_ids"]).last_hidden_state.float(), mask)
         hidden = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
         return TextFeatures(hidden.float() * mask[..., None], mask)
+
+    def left_out(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each prompt that is longer than the configured length: of what `encode` does not read."""
+        tokenizer, _ = self._load()
+        length = self.config.max_length
+        long = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > length]
+        return [f"the model reads {length} tokens; the end of this prompt is left out: {prompt[:60]!r}" for prompt in long]
 
     def sentences(self, prompts: Sequence[str]) -> Tensor:
         """Sentence embeddings [B, D], unit: the mean over each prompt's tokens (Sentence-BERT, Reimers and Gurevych 2019)."""
@@ -207,19 +214,39 @@ class TextEncoder:
                 from transformers import AutoModel, AutoTokenizer
                 from transformers.utils import logging
 
-                here = {"local_files_only": True}
+                # Without a word on trust transformers asks, on the console, whether it may run Python that lies beside the weights.
+                here = {"local_files_only": True, "trust_remote_code": False}
+                _refuse_code(self.model_folder, self.tokenizer_folder)
                 bars = logging.is_progress_bar_enabled()
                 logging.disable_progress_bar()
                 try:
                     tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer_folder), **here)
                     model = AutoModel.from_pretrained(str(self.model_folder), use_safetensors=True, dtype=torch.float32, **here)
-                except (OSError, ValueError, KeyError) as error:
-                    raise InputError(f"the text encoder in {self.model_folder} cannot be loaded: {' '.join(str(error).split())}") from error
+                except MemoryError:
+                    raise
+                except Exception as error:  # whatever transformers makes of files that are damaged or of a kind it does not know
+                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    raise InputError(f"the text encoder in {self.model_folder} cannot be loaded: {reason}") from error
                 finally:
                     if bars:
                         logging.enable_progress_bar()
                 self._parts = tokenizer, model.eval().requires_grad_(False)
             return self._parts
+
+
+def _refuse_code(model: Path, tokenizer: Path) -> None:
+    """Raise InputError where a folder asks for more than weights and configurations: what transformers would fetch or run for it."""
+    if (model / "adapter_config.json").exists():
+        raise InputError(f"the text encoder in {model} cannot be loaded: it is an adapter of another model; merge it into that one")
+    for path in (model / "config.json", tokenizer / "config.json", tokenizer / "tokenizer_config.json"):
+        try:
+            config = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # transformers says what is wrong with it
+            continue
+        attention = [config.get(name) for name in ("attn_implementation", "_attn_implementation")] if isinstance(config, dict) else []
+        # Attention may be named as a repository of compiled code.
+        if attention and (config.get("auto_map") or any("/" in str(name) for name in attention)):
+            raise InputError(f"{path} asks for code of its own, which is never run: take a text encoder that transformers knows")
 
 
 def sha256(path: Path) -> str:
