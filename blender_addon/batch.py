@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from ..generator import vocabulary
 from ..generator.errors import InputError, WorkError
-from ..generator.files import check_writable
+from ..generator.files import check_writable, parse_json
 from . import extension, generation, service
 from .generation import Generated, Request
 from .job import one_line
@@ -309,7 +309,7 @@ def _finished(out: Path) -> dict[str, dict]:
     finished: dict[str, dict] = {}
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             identity = {key: record[key] for key in ("prompt", "negative_prompt", "seed", "steps", "guidance", "model_hash")}
             # What earlier versions did not write.
             identity |= {"mix_prompt": record.get("mix_prompt", ""), "mix_weight": record.get("mix_weight", 0.5)}

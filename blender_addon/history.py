@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..generator.errors import InputError
-from ..generator.files import replacing
+from ..generator.files import parse_json, replacing
 
 PROMPTS_MAX = 100
 SPEEDS_MAX = 50
@@ -102,7 +102,7 @@ def _read(path: Path, changed: int, size: int) -> History:
 
 def _read_file(path: Path) -> History:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
         prompts = tuple(text for text in value["prompts"] if isinstance(text, str))[:PROMPTS_MAX]
         speeds = {str(key): Speed(float(speed["load"]), float(speed["step"])) for key, speed in value["speeds"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

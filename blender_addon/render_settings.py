@@ -13,6 +13,7 @@ from typing import Any
 
 import bpy
 
+from ..generator.files import parse_json
 from . import splat_object
 from .splat_object import inputs, node_group
 
@@ -110,7 +111,7 @@ def restore(scene: bpy.types.Scene) -> tuple[list[Change], list[str]]:
 def stored_values(scene: bpy.types.Scene) -> dict[str, Any]:
     """The values from before `apply`, by path; what a damaged file holds beside them is left out."""
     try:
-        stored = json.loads(scene.gaussian_atlas.stored_render_settings or "{}")
+        stored = parse_json(scene.gaussian_atlas.stored_render_settings or "{}")
     except ValueError:
         return {}
     known = stored.items() if isinstance(stored, dict) else ()

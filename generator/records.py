@@ -82,7 +82,7 @@ def describe(text: str) -> str:
             case "morph":
                 ends = (f"\u201c{dict(record[end]).get('prompt', '')}\u201d" for end in ("first", "second"))
                 return f"Morph of {' and '.join(ends)}"
-    except (KeyError, TypeError, ValueError):  # what comes with a file can hold anything
+    except (KeyError, TypeError, ValueError, OverflowError):  # what comes with a file can hold anything
         pass
     return ""
 

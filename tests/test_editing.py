@@ -419,6 +419,7 @@ def test_a_record_is_described_or_nothing_is_said() -> None:
     for kind, damage in (
         ("variation", {"strength": 0.5, "source": "x"}),
         ("variation", {"strength": "x", "source": {}}),
+        ("variation", {"strength": 10**400, "source": {}}),
         ("inpainting", {"strength": [1], "source": {}}),
         ("inpainting", {"source": {}}),
         ("morph", {"first": "x", "second": {}}),

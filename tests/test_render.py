@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,22 @@ def test_one_preview_does_not_load_numba():
         "assert 'numba' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_what_another_name_of_the_package_compiled_is_not_left_for_this_one(tmp_path):
+    """In Blender the same files are bl_ext....generator; numba's cache, which lies beside them, names modules."""
+    shutil.copytree(ROOT / "generator", tmp_path / "elsewhere" / "generator", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "elsewhere" / "__init__.py").touch()
+    code = """
+import importlib, torch
+module = lambda name: importlib.import_module(f"{PACKAGE}.{name}")
+gaussians = module("gaussians").Gaussians(torch.zeros(1, 3), torch.eye(4)[:1], torch.full((1, 3), 0.1), torch.ones(1), torch.ones(1, 3))
+views = module("render.compiled").render_views(gaussians, module("render").Cameras.orbit(count=1, size=16))
+assert views[1].max() > 0.5
+"""
+    for place, package in ((tmp_path, "elsewhere.generator"), (tmp_path / "elsewhere", "generator")):
+        child = f"import sys; sys.path.insert(0, {str(place)!r}); PACKAGE = {package!r}{code}"
+        subprocess.run([sys.executable, "-c", child], cwd=place, check=True)
 
 
 def test_without_numba_torch_alone_gives_the_gradients(monkeypatch):

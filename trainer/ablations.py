@@ -193,8 +193,8 @@ def train(name: str, seed: int, preset: Preset, run: Path) -> Path:
     with averaged_pipeline(preset, trainer) as pipeline:
         # The same noise for every variant: seeds count up from a number of the run's own.
         made = pipeline(captions, seed=1_000 * seed, batch_size=16, num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale)
-    atlases = torch.stack([atlas.values for atlas in made.atlases]).half()
-    save_tensors(folder / "made.safetensors", {"atlases": atlases}, {"prompts": json.dumps(captions)})
+    values = torch.stack([atlas.values for atlas in made.atlases]).half()
+    save_tensors(folder / "made.safetensors", {"atlases": values}, {"prompts": json.dumps(captions)})
     shutil.rmtree(folder / "finetune")
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from generator.atlas import Atlas, ChannelSpec
 from generator.errors import InputError
+from generator.files import parse_json
 
 ATLASES_PER_SHARD = 256
 # There while shards take the place of others: a folder with both old and new ones is not read.
@@ -135,14 +135,14 @@ def index_shard(path: Path) -> list[Entry]:
                     places[key] = (member.offset_data, member.size)
                 else:
                     file.seek(member.offset_data)
-                    records[key] = json.loads(file.read(member.size))
+                    records[key] = parse_json(file.read(member.size))
             # Tarfile takes any header that it cannot read for the end, which a whole archive marks by empty blocks.
             file.seek(archive.offset)
             if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
                 raise tarfile.TarError("it ends early")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         raise damaged(path, error) from error
     alone = sorted(places.keys() ^ records.keys())
     if alone:
@@ -186,7 +186,7 @@ def decode(path: Path, key: str, payload: bytes, first: Atlas | None) -> Atlas:
     """
     try:
         atlas = Atlas.decode(payload)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"{key}: {error}") from error
     if first is not None and (atlas.layout_id, atlas.spec, atlas.values.shape) != (first.layout_id, first.spec, first.values.shape):
         raise InputError(f"{path}: {key} has another layout or other channels than the first atlas: rebuild all atlases with one of each")

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from generator.errors import InputError, WorkError
+from generator.files import parse_json
 
 # The journal of a run's folder: one line for every object that a stage has finished or given up.
 RECORDS = "records.jsonl"
@@ -132,7 +133,7 @@ def read_records(path: str | os.PathLike) -> list[dict]:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     found[str(record.get("stage", "")), str(record["id"])] = record
                 except (ValueError, KeyError, TypeError, AttributeError):
                     continue

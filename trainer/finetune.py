@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from generator.atlas import CHANNELS
 from generator.errors import InputError, WorkError
+from generator.files import parse_json
 from generator.model.bundle import Bundle
 from generator.model.editing import clean_estimate
 from generator.model.folding import fold, unfold, unwrap, wrap
@@ -494,7 +495,7 @@ class Trainer:
         if not found:
             return False
         path = found[-1]
-        state = check_settings(path, self.config, self.data.statistics, going_on=True)
+        state = check_settings(path, self.config, self.data.statistics, resumed=True)
         try:
             unet, ema, moments = (safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("unet", "ema", "optimizer"))
         except (OSError, ValueError, SafetensorError) as error:
@@ -518,25 +519,25 @@ def checkpoints(directory: str | Path) -> list[Path]:
     return sorted(path for path in Path(directory).glob("checkpoint-*") if (path / "state.json").is_file())
 
 
-def check_settings(checkpoint: Path, config: FinetuneConfig, statistics: dict[str, str], going_on: bool = False) -> dict:
+def check_settings(checkpoint: Path, config: FinetuneConfig, statistics: dict[str, str], resumed: bool = False) -> dict:
     """The state of a checkpoint, after a check that it was trained with these settings on values normalised like these.
 
     Args:
-        going_on: all settings must be the same, else those alone that say what the network is and what its values mean.
+        resumed: all settings must be the same, else those alone that say what the network is and what its values mean.
         statistics: as `training_data.statistics_of` gives them; a checkpoint from before they were kept says nothing of them.
 
     Raises:
         InputError: it is damaged, or was trained otherwise.
     """
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = parse_json((checkpoint / "state.json").read_text())
         step, theirs, known = state["step"], _identity(state["config"]), state.get("statistics", {})
         if not isinstance(step, int) or not isinstance(known, dict):
             raise ValueError("its state.json has another shape")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(checkpoint, error) from error
     ours = _identity(asdict(config))
-    if not going_on:
+    if not resumed:
         ours, theirs = ({key: each[key] for key in _OF_THE_NETWORK if key in each} for each in (ours, theirs))
     changed = _differences(theirs, ours)
     if changed:

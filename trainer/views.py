@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from generator.errors import InputError, WorkError
-from generator.files import replacing
+from generator.files import parse_json, replacing
 from generator.render.cameras import FOV_DEGREES, RADIUS, Cameras
 from generator.render.ewa import LOW_PASS
 
@@ -348,7 +348,7 @@ def _check_settings(directory: Path, settings: ViewSettings) -> None:
     if path.is_file():
         try:
             # Folders from before a setting existed were rendered with its default.
-            found = {**dataclasses.asdict(ViewSettings()), **json.loads(path.read_text(encoding="utf-8"))}
+            found = {**dataclasses.asdict(ViewSettings()), **parse_json(path.read_text(encoding="utf-8"))}
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: not readable as JSON ({error}): delete the folder and render again") from error
         if found != wanted:

@@ -166,6 +166,8 @@ class TextRegression:
             zone, rows = tensors["zone"].bool(), tensors["rows"].long()
             if zone.ndim != 3 or len(zone) != CHANNELS:
                 raise ValueError("its zone is not one of 16 channels")
+            if record["objects"] > len(rows):
+                raise ValueError("more objects than rows that name them")
             builds = _unpacked(tensors["builds"], record["objects"], int(zone[_BUILD].sum()))
             colours = _unpacked(tensors["colours"], len(rows), int(zone[_COLOUR].sum()))
             objects, layout_id = tensors["objects"].long(), str(record.get("layout_id", ""))

@@ -28,6 +28,9 @@ _threads = torch.get_num_threads()
 numba.get_num_threads()
 torch.set_num_threads(_threads)
 
+# What numba keeps beside this file names other functions by their module, so that what the extension's copy of it compiled (bl_ext...)
+# could not be loaded anywhere else: only this package's own is kept.
+_CACHED = __name__ == "generator.render.compiled"
 # One vector wide: splats of a few pixels then waste the fewest lanes.
 _WIDE, _HIGH = 8, 16
 _PIXELS = _WIDE * _HIGH
@@ -68,7 +71,7 @@ def _exp(x):
 # --- projection -------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, error_model="numpy")
+@numba.njit(cache=_CACHED, error_model="numpy")
 def _linearised(x, y, z, viewmat, K, width, height, w, a, b, c):
     """What both directions need of a splat at (x, y, z) in camera space with the unit quaternion (w, a, b, c).
 
@@ -96,14 +99,14 @@ def _linearised(x, y, z, viewmat, K, width, height, w, a, b, c):
     return a0, a1, a2, b0, b1, b2, p0, p1, p2, o0, o1, o2, u, v, us, vs
 
 
-@numba.njit(cache=True, error_model="numpy")
+@numba.njit(cache=_CACHED, error_model="numpy")
 def _unit(w, a, b, c):
     """A quaternion of unit length, and what it was multiplied by."""
     inverse = _ONE / max(_f(math.sqrt(w * w + a * a + b * b + c * c)), _f(1e-12))
     return w * inverse, a * inverse, b * inverse, c * inverse, inverse
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(parallel=True, cache=_CACHED, error_model="numpy")
 def _project(means, quaternions, scales, opacities, viewmat, K, width, height):
     """means2d [N, 2], conics [N, 3], depths [N], boxes [N, 4] (first column and row, last ones + 1; empty if unseen), radii [N]."""
     count = means.shape[0]
@@ -141,7 +144,7 @@ def _project(means, quaternions, scales, opacities, viewmat, K, width, height):
     return means2d, conics, depths, boxes, radii
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
+@numba.njit(parallel=True, cache=_CACHED, error_model="numpy")
 def _project_backward(means, quaternions, scales, viewmat, K, width, height, boxes, conics, grad_means2d, grad_conics, grad_depths):
     """Gradients of means, quaternions and scales; those of splats that are not seen are zero."""
     count = means.shape[0]
@@ -228,7 +231,7 @@ class _Project(torch.autograd.Function):
 # --- blending ---------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHED)
 def _by_depth(bits, boxes):
     """Indices [M] of what is seen, nearest first, equal depths in their own order: a radix sort of the depths' bits, 11 at a time.
 
@@ -255,7 +258,7 @@ def _by_depth(bits, boxes):
     return order[:count]
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, cache=_CACHED)
 def _gather(order, means2d, conics, opacities, colors, depths, boxes, columns, rows):
     """Splats [M, 10] and boxes [M, 4] in the order given, and the splats of each tile: `starts` [T + 1] in `entries` [P]."""
     count = len(order)
@@ -286,14 +289,14 @@ def _gather(order, means2d, conics, opacities, colors, depths, boxes, columns, r
     return splats, near, starts, entries
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHED)
 def _mixed(index, count, threads):
     """The tile to take as number `index`: tiles next to each other fall to different threads, and so an object to all."""
     share = (count + threads - 1) // threads
     return index % share * threads + index // share
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_REORDERED, error_model="numpy")
+@numba.njit(parallel=True, cache=_CACHED, fastmath=_REORDERED, error_model="numpy")
 def _blend(splats, boxes, starts, entries, width, height, threads):
     """rgb and depth [H, W, 4] weighted by alpha, transmittance [H, W], and where each tile's list was left [T]."""
     columns, rows = (width + _WIDE - 1) // _WIDE, (height + _HIGH - 1) // _HIGH
@@ -350,7 +353,7 @@ def _blend(splats, boxes, starts, entries, width, height, threads):
     return image, through, ends
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_REORDERED, error_model="numpy")
+@numba.njit(parallel=True, cache=_CACHED, fastmath=_REORDERED, error_model="numpy")
 def _blend_backward(splats, boxes, starts, ends, entries, image, through, grad_rgb, grad_alpha, grad_depth, threads):
     """Gradients [P, 10] of each splat in each tile, by replaying the blending.
 
@@ -424,7 +427,7 @@ def _blend_backward(splats, boxes, starts, ends, entries, image, through, grad_r
     return slots
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=_CACHED)
 def _scatter(slots, entries, order, count):
     """The slots of every splat added up, [N, 10] in the order of the input."""
     total = np.zeros((count, _COLUMNS), np.float32)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from generator.errors import InputError
-from generator.files import make_folder, replacing
+from generator.files import make_folder, parse_json, replacing
 
 from .judge import protocol_cameras
 from .made import Made
@@ -144,8 +144,8 @@ def text(found: Count) -> str:
 
 def _read(path: str | Path) -> dict:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object")

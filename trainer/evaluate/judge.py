@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from generator.atlas import Atlas, AtlasLayout, from_atlas
 from generator.errors import InputError, WorkError
-from generator.files import replacing
+from generator.files import parse_json, replacing
 from generator.gaussians import Gaussians
 from generator.model.text import TextEncoder
 from generator.render import Cameras, render
@@ -177,10 +177,10 @@ class Judge:
                 if metadata.get("format") != NAME:
                     raise InputError(f"{path} is no judge of this version: train it again")
                 tensors = {name: file.get_tensor(name).float() for name in ("mean", "deviation", "weights", "bias", "text_mean")}
-                captions, record = json.loads(metadata["captions"]), json.loads(metadata["record"])
+                captions, record = parse_json(metadata["captions"]), parse_json(metadata["record"])
                 if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                     raise ValueError("its captions are no list of texts")
-        except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not a readable judge ({' '.join(str(error).split())})") from error
         return Judge(**tensors, captions=tuple(captions), record=record)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from generator.errors import InputError
+from generator.files import parse_json
 
 from .objects import MESH_SUFFIXES, SourceObject, unique_slugs
 
@@ -91,12 +91,12 @@ def _rows(path: Path) -> list[dict]:
             if rows and not {"file", "caption"} <= set(rows[0]):
                 raise InputError(f"{path}: the first line must name the columns file,caption")
         elif path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [parse_json(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = json.loads(text)
+            rows = parse_json(text)
             if isinstance(rows, dict):
                 rows = [{"file": file, "caption": caption} for file, caption in rows.items()]
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not readable as {path.suffix[1:].upper() or 'JSON'} ({error})") from error

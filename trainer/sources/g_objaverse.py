@@ -8,7 +8,6 @@ origin, so a depth nearer than that box is none. The normals are in the axes of 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 from generator.errors import InputError
+from generator.files import parse_json
 from generator.render import Cameras
 
 from ..farm import for_each
@@ -98,11 +98,11 @@ def _read_view(stem: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def _camera(path: Path) -> np.ndarray:
     """Camera to world [3, 4]: the axes as columns, then the place."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = parse_json(path.read_text(encoding="utf-8"))
         matrix = np.array([entry[key] for key in ("x", "y", "z", "origin")], dtype=np.float64).T
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a camera of G-Objaverse, which has x, y, z and origin ({error})") from error
     axes = matrix[:, :3]
     if matrix.shape != (3, 4) or not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3) or np.linalg.det(axes) < 0:

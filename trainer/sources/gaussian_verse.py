@@ -19,7 +19,7 @@ import torch
 
 from generator.atlas import ChannelSpec
 from generator.errors import InputError
-from generator.files import replacing
+from generator.files import parse_json, replacing
 from generator.formats import ply, raw, save
 from generator.gaussians import Gaussians
 from generator.render.ewa import ALPHA_CUT
@@ -194,10 +194,10 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     path = Path(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            entries = json.load(file) if path.suffix.lower() == ".json" else [row for row in csv.reader(file) if row]
+            entries = parse_json(file.read()) if path.suffix.lower() == ".json" else [row for row in csv.reader(file) if row]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise InputError(f"{path}: not readable as {path.suffix[1:].upper() or 'CSV'} ({error})") from error
     found: dict[str, list[str]] = {}
     for entry in entries.items() if isinstance(entries, dict) else entries:
@@ -262,8 +262,8 @@ def outlier_table(directory: Path, objects: list[SourceObject]) -> str:
 
 def _read_json(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from generator.errors import InputError, WorkError
-from generator.files import replacing
+from generator.files import parse_json, replacing
 
 from .captions import Part, describe
 from .infinigen_factories import FACTORIES, Factory
@@ -114,10 +114,10 @@ def find_python() -> Path:
 def _read(directory: Path, variant: Variant) -> dict | None:
     """What is known of an object that was made, or that failed, by this recipe; None if it is to be made."""
     try:
-        answer = json.loads((directory / f"{variant.id}.json").read_text(encoding="utf-8"))
+        answer = parse_json((directory / f"{variant.id}.json").read_text(encoding="utf-8"))
         current = answer["recipe"] == RECIPE and answer["seed"] == variant.seed
         whole = answer["status"] != "ok" or (directory / f"{variant.id}.ply").is_file()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return answer if current and whole else None
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from generator.errors import InputError
-from generator.files import replacing
+from generator.files import parse_json, replacing
 
 from .captions import Part
 from .objects import MAX_OBJECT_BYTES, read_entry, texture_names
@@ -261,10 +261,10 @@ def library_surfaces(path: Path, members: list[str]) -> dict[str, list[dict]]:
     kept = path.with_name(f"{path.name}.parts.json")
     stamp = [path.stat().st_size, int(path.stat().st_mtime)]
     try:
-        stored = json.loads(kept.read_text(encoding="utf-8"))
+        stored = parse_json(kept.read_text(encoding="utf-8"))
         if stored["stamp"] == stamp and set(members) <= set(stored["surfaces"]):
             return stored["surfaces"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     surfaces = {}
     with zipfile.ZipFile(path) as archive:
