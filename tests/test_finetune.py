@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
@@ -170,6 +171,22 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
         (tmp_path / "bad" / "checkpoint-1" / "state.json").write_text(state)
         with pytest.raises(InputError, match="checkpoint-1 is damaged"):
             Trainer(CONFIG, data(), tmp_path / "bad").resume()
+    # Files that can be read and are of another network.
+    for name, change in (
+        ("unet", lambda key, value: {key[:-1] + "?": value}),
+        ("ema", lambda key, value: {key: value[:1]}),
+        ("optimizer", lambda key, value: {key.replace("/", "!"): value}),
+        ("optimizer", lambda key, value: {f"exp_avq/{key.split('/')[1]}": value}),
+        ("optimizer", lambda key, value: {key: torch.zeros(3)}),
+    ):
+        whole = (newest / f"{name}.safetensors").read_bytes()
+        tensors = safetensors.torch.load(whole)
+        key = next(key for key, value in tensors.items() if value.ndim)
+        safetensors.torch.save_file(tensors | change(key, tensors.pop(key)), newest / f"{name}.safetensors")
+        with pytest.raises(InputError, match="is damaged .*: delete it"):
+            Trainer(CONFIG, data(), tmp_path).resume()
+        (newest / f"{name}.safetensors").write_bytes(whole)
+    assert Trainer(CONFIG, data(), tmp_path).resume()
     (newest / "ema.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="damaged"):
         trained_unet(CONFIG, newest, 12)

@@ -131,7 +131,7 @@ def test_import_names_what_failed_and_keeps_the_rest(release, tmp_path):
     assert path.stat().st_mtime_ns == before and len(Views.load(path)) == 12
 
 
-def test_bad_folders_are_one_line(tmp_path):
+def test_bad_folders_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such folder"):
         g_objaverse(tmp_path / "none")
     with pytest.raises(InputError, match="campos_512_v4"):
@@ -156,6 +156,9 @@ def test_bad_folders_are_one_line(tmp_path):
     with pytest.raises(InputError, match="not a readable picture"):
         read_views(folder, "a", SIDE)
     picture.write_bytes(whole)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="does not fit in this computer's memory"):
+        patched.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(MemoryError))
+        read_views(folder, "a", SIDE)
     (folder / "00000" / "00000_nd.exr").write_bytes(b"no depth")
     with pytest.raises(InputError, match="no depth"):
         read_views(folder, "a", SIDE)

@@ -223,6 +223,7 @@ def test_bad_folders_and_captions_are_one_line(tmp_path):
         ("c.csv", "a, \n", "no captions inside"),
         ("c.json", "{", "not readable as JSON"),
         ("c.json", "[1, 2]", "needs CSV lines"),
+        ("c.json", "3", "needs CSV lines .*, got 3$"),
         ("c.json", "[" * 200_000, "not readable as JSON"),
         ("c.json", '["a\\nb"]', "needs CSV lines .*, got a b$"),
         ("c.json", '{"a": 3}', "needs CSV lines"),

@@ -380,6 +380,26 @@ def test_materials_and_parts_are_read_from_an_obj(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "colour"),
+    [
+        ("0.1 0.2 0.3", [0.1, 0.2, 0.3]),
+        ("0.4", [0.4, 0.4, 0.4]),  # one number is a grey
+        ("0.4 0.5", None),
+        ("0.4 nan 0.5", None),
+        ("red", None),
+        ("7 -1 0.5", [1.0, 0.0, 0.5]),
+    ],
+)
+def test_a_colour_of_a_material_is_three_numbers_or_one(tmp_path, line, colour):
+    mtl = f"newmtl wood\nKd {line}\n"
+    path = library(tmp_path / "test.sh3f", **{"chairs/chair.mtl": mtl})
+    with zipfile.ZipFile(path) as archive:
+        found = read_surfaces(archive, "chairs/chair.obj")
+    assert found[0]["colour"] == colour
+    looks("chair", found)
+
+
+@pytest.mark.parametrize(
     ("name", "word"),
     [
         ("shader_coarse_knit_fabric", "knitted fabric"),

@@ -319,6 +319,7 @@ def test_views_that_lie_are_named_and_cost_nothing(tmp_path, monkeypatch):
         "objects": {"id": npy((), "|O", b"x")},
         "one axis": {"rgba": npy((4,), data=b"abcd")},
         "words for numbers": {"viewmats": npy((1,), "<U2", b"ab\0\0\0\0\0\0")},
+        "a name that is no text": {"id": npy((), "<U1", b"\xff\xff\xff\x7f")},
         "a header that is none": {"rgba": b"\x93NUMPY\x01\0\x10\0" + b"(" * 16},
     }
     for name, entries in lies.items():

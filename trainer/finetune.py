@@ -498,18 +498,28 @@ class Trainer:
         state = check_settings(path, self.config, self.data.statistics, resumed=True)
         try:
             unet, ema, moments = (safetensors.torch.load_file(path / f"{name}.safetensors") for name in ("unet", "ema", "optimizer"))
-        except (OSError, ValueError, SafetensorError) as error:
+            # Before any of it takes its place. A parameter that no loss has reached has no moments, any other all of them.
+            shapes = {name: parameter.shape for name, parameter in self.trainable.items()}
+            kept: dict[str, dict[str, Tensor]] = {}
+            for key, value in moments.items():
+                kind, name = key.split("/", 1)
+                kept.setdefault(name, {})[kind] = value
+            wanted = {name: {"step": torch.Size(), "exp_avg": shapes[name], "exp_avg_sq": shapes[name]} for name in kept}
+            found_shapes = {name: {kind: value.shape for kind, value in each.items()} for name, each in kept.items()}
+            if found_shapes != wanted or any({name: each[name].shape for name in shapes} != shapes for each in (unet, ema)):
+                raise ValueError("its tensors are not the network's")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise _damaged(path, error) from error
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(unet[name])
         self.ema = {name: ema[name].to(self.device) for name in self.ema}
-        for key, value in moments.items():
-            kind, name = key.split("/", 1)
+        for name, state_of_one in kept.items():
             parameter = self.trainable[name]
-            # The fused AdamW reads moments in the memory order of their parameter; its step counter is a scalar beside it.
-            value = value.to(self.device) if kind == "step" else torch.empty_like(parameter).copy_(value)
-            self.optimizer.state[parameter][kind] = value
+            for kind, value in state_of_one.items():
+                # The fused AdamW reads moments in the memory order of their parameter; its step counter is a scalar beside it.
+                value = value.to(self.device) if kind == "step" else torch.empty_like(parameter).copy_(value)
+                self.optimizer.state[parameter][kind] = value
         self.step, self.mean_loss, self.lowest = state["step"], state.get("mean_loss", 0.0), state.get("lowest", float("inf"))
         return True
 

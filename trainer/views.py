@@ -168,7 +168,17 @@ class Views:
             return Views(str(data["id"]), rgba, data["depth"], data["normals"], cameras, data["split"])
         except MemoryError as error:
             raise InputError(f"{path}: its views need more memory than there is") from error
-        except (*ARCHIVE_ERRORS, ArithmeticError, LookupError, SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
+        # (SystemError is NumPy's of text that is none.)
+        except (
+            *ARCHIVE_ERRORS,
+            ArithmeticError,
+            LookupError,
+            SyntaxError,
+            SystemError,
+            TypeError,
+            ValueError,
+            tokenize.TokenError,
+        ) as error:
             reason = " ".join(str(error).split())[:200]
             raise DamagedViews(f"{path}: not a file of views ({reason}): delete it and render it again") from error
 

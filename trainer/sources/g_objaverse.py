@@ -116,6 +116,8 @@ def _read_png(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGBA"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from error
+    except MemoryError as error:
+        raise InputError(f"{path}: the picture does not fit in this computer's memory") from error
 
 
 def _read_depth(path: Path) -> np.ndarray:

@@ -200,11 +200,14 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     except (ValueError, csv.Error) as error:
         raise InputError(f"{path}: not readable as {path.suffix[1:].upper() or 'CSV'} ({error})") from error
     found: dict[str, list[str]] = {}
+    needed = f"{path}: needs CSV lines uid,caption or JSON {{object: caption}}"
+    if not isinstance(entries, list | dict):
+        raise InputError(f"{needed}, got {str(entries)[:80]}")
     for entry in entries.items() if isinstance(entries, dict) else entries:
         name, texts = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
         texts = texts if isinstance(texts, list) else [texts]
         if not isinstance(name, str) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{path}: needs CSV lines uid,caption or JSON {{object: caption}}, got {str(entry)[:80]}")
+            raise InputError(f"{needed}, got {str(entry)[:80]}")
         # An object whose caption is empty has none.
         if tidy := [" ".join(text.lower().split()).rstrip(".") for text in texts if text.strip()]:
             found.setdefault(name.strip(), []).extend(tidy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import posixpath
 import re
 import zipfile
@@ -233,11 +234,14 @@ def _read_colours(text: str, read: Callable[[str], bytes | None], colours: dict[
             name = words[1].strip()
         elif words[0] == "Kd" and name not in colours:
             try:
-                colour = [min(max(float(value), 0.0), 1.0) for value in words[1].split()[:3]]
+                given = [float(value) for value in words[1].split()[:3]]
             except ValueError:
-                colour = []
+                given = []
+            given = given * 3 if len(given) == 1 else given  # the format's way of saying grey
+            colour = [min(max(value, 0.0), 1.0) for value in given]
+            whole = len(colour) == 3 and all(map(math.isfinite, given))
             # What programs write where nobody chose a colour.
-            colours[name] = None if not colour or tuple(colour) in _DEFAULTS else colour
+            colours[name] = colour if whole and tuple(colour) not in _DEFAULTS else None
         elif words[0] == "map_Kd":
             pixels = next((data for _, reference in texture_names(words[1]) if (data := read(reference)) is not None), None)
             colours[name] = _mean(pixels) if pixels else None
